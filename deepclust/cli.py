@@ -1,0 +1,278 @@
+"""The command line: `python train.py key=value ...` and `deepclust COMMAND ...`. Nothing here imports torch by itself.
+
+Exit codes: 0 finished, 143 preempted and saved, 2 bad configuration or data, 1 failed, 130 stopped with Ctrl-C before
+there was anything to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from deepclust.errors import UserError
+from deepclust.signatures import near
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+LISTED = ("recipe", "head", "data", "backbone", "augment", "optim", "experiment")
+
+HELP = """\
+deepclust: unlabelled images in; clusters, confidences, a model and a report out.
+
+  python train.py [key=value ...]      the same as   deepclust train [key=value ...]
+
+Five to begin with
+  python train.py                                       handwritten digits, no labels, under two minutes
+  python train.py data=image_folder data.root=PHOTOS num_clusters=20
+                                                        your own images, flat or in folders
+  python train.py seed=1 stages.scan.head.entropy_weight=3
+                                                        another seed, another weight
+  python train.py head=simclr trainer.epochs=100        one stage with one head
+  python train.py -m seed=0,1,2                         three runs, one after another
+
+What can be chosen
+{choices}
+Every key and its value: python train.py --cfg [key=value ...]
+Results go to outputs/<recipe>-<data>-<seed>/ (run.name=NAME or run.dir=PATH): clusters.csv, report.html,
+model.safetensors. The same command goes on where it stopped; run.new=true starts over.
+
+Options of train
+  --cfg                 print the composed configuration and exit
+  --config-dir DIR      more groups: DIR/head/mine.yaml makes head=mine (may be given several times)
+  -m, --multirun        key=a,b is a run for a and a run for b
+  -h, --help            this page
+
+Other commands
+{commands}"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as a UserError, with the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        words = [word for word in message.split() if word.startswith("-")]
+        known = [name for action in self._actions for name in action.option_strings]
+        found = near(words[0].partition("=")[0], known) if words else None
+        raise UserError(f"{message}{f'; did you mean {found}?' if found else f'; see {self.prog} --help'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code. Faults that the user can mend are printed without a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        name, *rest = words or ["--help"]
+        if name in ("-h", "--help"):
+            print(help_text())
+            return OK
+        return _command(name)(rest)
+    except UserError as error:
+        return _say(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _say("stopped with Ctrl-C", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _say(text: str, code: int) -> int:
+    """Prints to stderr, once under torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+    return code
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name in COMMANDS:
+        return COMMANDS[name][0]
+    if "=" in name:
+        raise UserError(f"{name}: a command comes first; did you mean deepclust train {name}?")
+    found = near(name, COMMANDS)
+    advice = f"did you mean {found}?" if found else f"commands are {', '.join(COMMANDS)}"
+    raise UserError(f"{name}: there is no such command; {advice}")
+
+
+def help_text() -> str:
+    """The page for `--help`: what can be chosen, examples, where results go."""
+    from deepclust.config import options
+
+    lines = []
+    for group in LISTED:
+        found = options(group)
+        for place, (name, description) in enumerate(found):
+            lines.append(f"  {f'{group}=' if place == 0 else '':<12}{name:<16} {description}".rstrip())
+    commands = "\n".join(f"  deepclust {usage:<34} {text}" for _, usage, text in COMMANDS.values())
+    return HELP.format(choices="\n".join(lines), commands=commands)
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+def train(words: list[str]) -> int:
+    """`train [--cfg] [--config-dir DIR] [-m] key=value ...`"""
+    from deepclust.compose import sweeps
+    from deepclust.config import load
+
+    parser = _Parser("train.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[])
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(words)
+    if options.help:
+        print(help_text())
+        return OK
+    if options.multirun:
+        return _train_many(sweeps(options.overrides), options.config_dir)
+    config = load(options.overrides, options.config_dir)
+    if options.cfg:
+        print(config.text(), end="")
+        return OK
+    return _train_one(config)
+
+
+def _train_many(runs: list[list[str]], config_dirs: Sequence[Path]) -> int:
+    """One run after another, each in its own folder, all checked before the first begins. Stops at the first fault."""
+    from deepclust.config import ConfigError, load
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("-m runs one process after another; under torchrun give one configuration at a time")
+    configs, problems = [], []
+    for words in runs:
+        try:
+            configs.append(load(words, config_dirs))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    folders = [config.folder() for config in configs]
+    same = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if same is not None:
+        raise UserError(f"several of these runs would share the folder {same}; give each its own run.name")
+    for number, config in enumerate(configs, 1):
+        print(f"run {number} of {len(configs)}: {config.folder()}")
+        code = _train_one(config)
+        if code != OK:
+            return code
+    return OK
+
+
+def _train_one(config: Any) -> int:
+    try:
+        from deepclust.recipe import train as train_recipe
+
+        return train_recipe(config)
+    except (UserError, KeyboardInterrupt):
+        if config.run.traceback:
+            traceback.print_exc()
+        raise
+    except Exception as error:
+        return _failed(config, error)
+
+
+def _failed(config: Any, error: Exception) -> int:
+    """One line for a fault of the program; the traceback goes to the run's log, or to the screen if asked for."""
+    log, text = config.folder() / "log.txt", traceback.format_exc()
+    kept = False
+    if log.parent.is_dir() and os.environ.get("RANK", "0") == "0":
+        try:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(text)
+            kept = True
+        except OSError:
+            pass
+    if config.run.traceback:
+        return _say(text, FAILED)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = " ".join(str(error).split()) or "no message"
+    where = f"{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
+    return _say(f"failed: {where}\n{f'{log} has the traceback; ' if kept else ''}run.traceback=true shows it", FAILED)
+
+
+# --- other commands -------------------------------------------------------------------------------------------------
+
+
+def list_options(words: list[str]) -> int:
+    """`list GROUP [--config-dir DIR]`"""
+    from deepclust.compose import groups
+    from deepclust.config import options
+
+    parser = _Parser("deepclust list", add_help=False)
+    parser.add_argument("group", nargs="?")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[])
+    asked = parser.parse_args(words)
+    names = groups(asked.config_dir)
+    if asked.group is None:
+        raise UserError(f"deepclust list GROUP; groups are {', '.join(names)}")
+    if asked.group not in names:
+        raise UserError(
+            f"{asked.group}: there is no such group; did you mean {near(asked.group, names) or ', '.join(names)}?"
+        )
+    for name, description in options(asked.group, asked.config_dir):
+        print(f"{name:<20} {description}".rstrip())
+    return OK
+
+
+def checkpoint(words: list[str]) -> int:
+    """`checkpoint verify|digest PATH`"""
+    parser = _Parser("deepclust checkpoint", add_help=False)
+    parser.add_argument("verb", choices=("verify", "digest"))
+    parser.add_argument("path", type=Path)
+    asked = parser.parse_args(words)
+    if not asked.path.exists():
+        raise UserError(f"{asked.path}: there is no such checkpoint")
+    from deepclust import checkpoint as checkpoints
+
+    if asked.verb == "digest":
+        for part, digest in checkpoints.digest(asked.path).items():
+            print(f"{digest}  {part}")
+        return OK
+    problems = checkpoints.verify(asked.path)
+    print("\n".join(problems) if problems else f"{asked.path}: whole")
+    return FAILED if problems else OK
+
+
+def predict(words: list[str]) -> int:
+    """`predict RUN IMAGES [-o clusters.csv]`"""
+    parser = _Parser("deepclust predict", add_help=False)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("images", type=Path)
+    parser.add_argument("-o", "--out", type=Path, default=Path("clusters.csv"))
+    parser.add_argument("--trust", action="append", default=[])
+    asked = parser.parse_args(words)
+    for path in (asked.run, asked.images):
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file or folder")
+    from deepclust.predict import predict as predict_images
+
+    predict_images(asked.run, asked.images, asked.out, asked.trust)
+    return OK
+
+
+def doctor(words: list[str]) -> int:
+    """`doctor`: what this machine has, and whether a run could work here."""
+    if words:
+        raise UserError(f"deepclust doctor takes no arguments, got {' '.join(words)}")
+    from deepclust.doctor import findings
+
+    faults = 0
+    for what, text, good in findings():
+        print(f"{'ok  ' if good else 'BAD '} {what:<14} {text}")
+        faults += not good
+    return FAILED if faults else OK
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
+    "train": (train, "train [key=value ...]", "train, cluster, evaluate, report"),
+    "predict": (predict, "predict RUN IMAGES [-o clusters.csv]", "clusters of new images"),
+    "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
+    "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),
+    "doctor": (doctor, "doctor", "versions, device, precision, disk"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""The configuration of a run: composed, checked key by key against signatures, and built.
+
+`load` refuses every wrong key, type and range at once and imports no torch; `build` makes the objects later.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepclust import settings
+from deepclust.compose import Composed, ConfigError, compose, options
+from deepclust.data.view_ops import check_augment
+from deepclust.signatures import check_arguments, check_node, resolve, show, signature, unknown_key
+
+__all__ = ["ConfigError", "RunConfig", "Stage", "build", "differences", "load", "options"]
+
+SETTINGS = {
+    "run": settings.RunSettings,
+    "checkpoint": settings.CheckpointSettings,
+    "distributed": settings.DistributedSettings,
+    "eval": settings.EvalSettings,
+    "logger": settings.LoggerSettings,
+    "trainer": settings.TrainerSettings,
+    "optim": settings.OptimSettings,
+}
+SECTIONS = {key: f"deepclust.settings.{kind.__name__}" for key, kind in SETTINGS.items()}
+"""Sections of plain values, and the dataclass that describes each."""
+NODES = {"data": "deepclust.data", "backbone": "deepclust.backbones", "head": "deepclust.heads"}
+"""Sections with a `_target_`, and the package it must come from unless the user trusts another."""
+JOB = signature("deepclust.settings.JobSettings")
+TOP = (*JOB.parameters, *SECTIONS, "augment", *NODES, "stages")
+STAGE = ("head", "optim", "augment", "trainer")
+NO_EFFECT = ("trainer.num_workers", "trainer.log_every_steps", "trainer.eval_every_epochs", "trainer.max_steps")
+"""Keys of a stage that change how long or how chattily it runs, not what comes out."""
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of the backbone with one head; `head` is a `_target_` node, `augment` {size, views}."""
+
+    name: str
+    head: dict[str, Any]
+    optim: settings.OptimSettings
+    trainer: settings.TrainerSettings
+    augment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration. `tree` is what was asked for, as plain containers; the rest is read from it."""
+
+    tree: dict[str, Any]
+    choices: dict[str, str]
+    picked: tuple[str, ...]
+    seed: int
+    num_clusters: int | None
+    resume: str
+    trust: list[str]
+    run: settings.RunSettings
+    checkpoint: settings.CheckpointSettings
+    distributed: settings.DistributedSettings
+    eval: settings.EvalSettings
+    data: dict[str, Any]
+    backbone: dict[str, Any]
+    logger: dict[str, Any]
+    stages: dict[str, Stage]
+
+    def text(self) -> str:
+        """The tree as YAML, for config.yaml."""
+        import yaml
+
+        return yaml.safe_dump(self.tree, sort_keys=False)
+
+    def name(self) -> str:
+        """`run.name`, else experiment-recipe-heads-data-kN-seed, of which only recipe, data and seed are always there.
+
+        Heads are named where the command line chose them, N where `num_clusters` was given.
+        """
+        if self.run.name is not None:
+            return self.run.name
+        heads = [self.choices[key] for key in self.choices if key.partition("@")[0] == "head" and key in self.picked]
+        clusters = [] if self.num_clusters is None else [f"k{self.num_clusters}"]
+        parts = [
+            self.choices.get("experiment"),
+            self.choices.get("recipe"),
+            *heads,
+            self.choices.get("data"),
+            *clusters,
+        ]
+        return "-".join(str(part) for part in [*parts, self.seed] if part is not None)
+
+    def folder(self) -> Path:
+        """Where the run lives: `run.dir`, else `run.root` / name."""
+        return Path(self.run.dir) if self.run.dir is not None else Path(self.run.root) / self.name()
+
+
+def load(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> RunConfig:
+    """The configuration that `key=value` words ask for.
+
+    config_dirs: further folders of groups (`DIR/head/mine.yaml` makes `head=mine`). Python files that they name are
+    looked for beside DIR, in it, and where Python looks anyway. Raises ConfigError with all that is wrong.
+    """
+    for folder in config_dirs:
+        for place in (Path(folder).resolve().parent, Path(folder).resolve()):
+            if str(place) not in sys.path:
+                sys.path.append(str(place))
+    composed, problems = compose(overrides, config_dirs)
+    config = _check(composed, overrides, problems)
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def build(node: Mapping[str, Any], *, trust: Sequence[str] = (), **injected: Any) -> Any:
+    """The object that a `_target_` node describes, nested nodes first.
+
+    injected: arguments that the program knows (`dim`, `num_clusters`, ...); each goes where a signature names it and
+    the node does not. Raises UserError for a target that may not be built.
+    """
+    import inspect
+
+    target = resolve(str(node.get("_target_")), trust)
+    values = {key: _built(value, trust, injected) for key, value in node.items() if key != "_target_"}
+    names = inspect.signature(target).parameters
+    unknown = [unknown_key("", key, value, names) for key, value in values.items() if key not in names]
+    if unknown:
+        raise ConfigError([f"{node['_target_']}: {line}" for line in unknown])
+    return target(**{**{key: value for key, value in injected.items() if key in names}, **values})
+
+
+def _built(value: Any, trust: Sequence[str], injected: Mapping[str, Any]) -> Any:
+    return build(value, trust=trust, **injected) if isinstance(value, Mapping) and "_target_" in value else value
+
+
+def differences(old_text: str, new: RunConfig) -> list[str]:
+    """Keys that change results and differ between a run folder's config.yaml and a new configuration.
+
+    One line each, "key: old -> new". Where and how often things are written, shown or resumed does not count.
+    """
+    import yaml
+
+    try:
+        old = _effective(yaml.safe_load(old_text))
+    except (yaml.YAMLError, AttributeError, TypeError):
+        return ["config.yaml of the run folder cannot be read"]
+    return list(_changes(old, _effective(new.tree), ""))
+
+
+def _changes(old: Any, new: Any, path: str) -> Iterator[str]:
+    """What differs, at the highest key that only one of the two has."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*new, *(key for key in old if key not in new)]:
+            yield from _changes(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"{path}: {_side(old)} -> {_side(new)}"
+
+
+def _side(value: Any) -> str:
+    return "absent" if value is _ABSENT else "present" if isinstance(value, Mapping) else show(value)
+
+
+def _effective(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the results: seed, clusters, data, backbone and each stage with what it falls back to."""
+    stages = {name: _stage_sections(tree, name) for name in tree.get("stages") or {}}
+    for stage in stages.values():
+        stage["trainer"] = {key: value for key, value in stage["trainer"].items() if f"trainer.{key}" not in NO_EFFECT}
+    sync = (tree.get("distributed") or {}).get("sync_batchnorm")
+    alone = {key: tree.get(key) for key in ("seed", "num_clusters", "data", "backbone")}
+    return {**alone, "distributed.sync_batchnorm": sync, "stages": stages}
+
+
+def _stage_sections(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """head, optim, augment and trainer of a stage; what it does not say comes from the top-level groups."""
+    own = (tree.get("stages") or {}).get(name) or {}
+    merged = {key: _merge(tree.get(key), own.get(key)) for key in ("optim", "augment", "trainer")}
+    head = own.get("head")
+    if not isinstance(head, Mapping) or "_target_" not in head:
+        head = _merge(tree.get("head"), head)
+    return {"head": head, **merged}
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(over, Mapping):
+        return base if over is None else over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def _check(composed: Composed, overrides: Sequence[str], problems: list[str]) -> RunConfig | None:
+    tree = composed.tree
+    _check_top(tree, problems)
+    job = check_arguments(JOB, {key: tree[key] for key in JOB.parameters if key in tree}, "", problems)
+    trust = _trusted(job.get("trust"), overrides, problems)
+    read = {key: _section(key, tree.get(key), key, problems) for key in SECTIONS}
+    _check_views(tree.get("augment"), "augment", problems)
+    nodes = {key: _node(tree.get(key), key, home, problems, trust) for key, home in NODES.items()}
+    stages = _check_stages(composed, problems, trust)
+    _check_places(job, read, problems)
+    if problems:
+        return None
+    _check_relations(stages, problems)
+    if problems:
+        return None
+    made = {key: SETTINGS[key](**read[key]) for key in ("run", "checkpoint", "distributed", "eval")}
+    made |= {key: nodes[key] for key in ("data", "backbone")}
+    picked = tuple(composed.picked)
+    return RunConfig(tree, composed.choices, picked, **job, **made, logger=read["logger"], stages=stages)
+
+
+def _check_top(tree: Mapping[str, Any], problems: list[str]) -> None:
+    for key, value in tree.items():
+        if key in TOP:
+            continue
+        deeper = [f"{section}.{key}" for section, target in SECTIONS.items() if key in signature(target).parameters]
+        if deeper:
+            advice = f"did you mean {' or '.join(deeper)}?"
+            problems.append(f"{key}={show(value)}: there is no key {key} at the top; {advice}")
+        else:
+            problems.append(unknown_key("", str(key), value, TOP))
+
+
+def _section(key: str, values: Any, path: str, problems: list[str]) -> dict[str, Any]:
+    """A section of plain values, read against its dataclass."""
+    if not isinstance(values, Mapping):
+        problems.append(f"{path}={show(values)}: must be a mapping; choose one of {_names(key)}, or set its keys")
+        return {}
+    return check_arguments(signature(SECTIONS[key]), values, path, problems)
+
+
+def _node(value: Any, path: str, home: str, problems: list[str], trust: Sequence[str]) -> dict[str, Any]:
+    if path == "head" and "_target_" not in (value or {}):
+        return {}  # the stages say whether one is missing there
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        keys = ", ".join(f"{path}.{key}" for key in value) if isinstance(value, Mapping) else f"{path}={show(value)}"
+        group = path.rpartition(".")[2]
+        choice = path if path == group else f"{group}@{path}"
+        problems.append(f"{keys}: no {group} is chosen there; choose one with {choice}=NAME ({_names(group)})")
+        return {}
+    return check_node(value, path, problems, home=home, trust=trust)
+
+
+def _names(group: str) -> str:
+    return ", ".join(name for name, _ in options(group))
+
+
+def _trusted(trust: Any, overrides: Sequence[str], problems: list[str]) -> list[str]:
+    """What the command line trusts. A file may not widen what it is allowed to build."""
+    if not trust:
+        return []
+    if not any(re.match(r"\+{0,2}trust=", word) for word in overrides):
+        problems.append(f"trust={show(trust)}: may only be given on the command line, not in a file")
+        return []
+    return trust
+
+
+def _check_stages(composed: Composed, problems: list[str], trust: Sequence[str]) -> dict[str, Stage]:
+    stages = composed.tree.get("stages")
+    if not isinstance(stages, Mapping) or not stages:
+        problems.append(f"stages: there are none; choose a recipe with recipe=NAME ({_names('recipe')})")
+        return {}
+    read = {}
+    for name, own in stages.items():
+        if name not in composed.stages:
+            problems.append(unknown_key("stages", str(name), own, composed.stages))
+        elif not isinstance(own, Mapping | None):
+            problems.append(f"stages.{name}={show(own)}: must be a mapping with {', '.join(STAGE)}")
+        else:
+            read[str(name)] = _check_stage(composed.tree, str(name), own or {}, problems, trust)
+    if isinstance(composed.tree.get("head"), Mapping):
+        _check_head_is_used(composed, stages, problems)
+    return {name: stage for name, stage in read.items() if stage is not None}
+
+
+def _check_stage(
+    tree: Mapping[str, Any], name: str, own: Mapping[str, Any], problems: list[str], trust: Sequence[str]
+) -> Stage | None:
+    path, before = f"stages.{name}", len(problems)
+    problems += [unknown_key(path, str(key), value, STAGE) for key, value in own.items() if key not in STAGE]
+    merged = _stage_sections(tree, name)
+    if not merged["head"]:
+        problems.append(f"{path} has no head; choose one with head=NAME ({_names('head')})")
+    elif own.get("head"):
+        _node(merged["head"], f"{path}.head", NODES["head"], problems, trust)
+    for key in ("optim", "trainer"):
+        if own.get(key) is not None:
+            _section(key, own[key], f"{path}.{key}", problems)
+    if own.get("augment") is not None:
+        _check_views(own["augment"], f"{path}.augment", problems)
+    if len(problems) > before or not isinstance(merged["head"], Mapping):
+        return None
+    quiet: list[str] = []  # the top-level sections report their own faults once, under their own names
+    made = {key: _section(key, merged[key], f"{path}.{key}", quiet) for key in ("optim", "trainer")}
+    head = check_node(merged["head"], f"{path}.head", quiet, home=NODES["head"], trust=trust)
+    if quiet:
+        return None
+    optim, trainer = settings.OptimSettings(**made["optim"]), settings.TrainerSettings(**made["trainer"])
+    return Stage(name, head, optim, trainer, merged["augment"])
+
+
+def _check_head_is_used(composed: Composed, stages: Mapping[str, Any], problems: list[str]) -> None:
+    """The top-level head must be chosen, and some stage must fall back to it."""
+    head, recipe = composed.tree["head"], composed.choices.get("recipe")
+    heads = {name: own["head"] for name, own in stages.items() if isinstance(own, Mapping) and own.get("head")}
+    chosen = {name: own for name, own in heads.items() if isinstance(own, Mapping) and "_target_" in own}
+    if "_target_" not in head:
+        for key, value in head.items():
+            found = " or ".join(f"stages.{name}.head.{key}" for name, own in chosen.items() if key in own)
+            advice = f"did you mean {found}?" if found else f"choose one with head=NAME ({_names('head')})"
+            problems.append(f"head.{key}={show(value)}: no head is chosen at the top; {advice}")
+    elif len(chosen) == len(stages):
+        places = ", ".join(f"head@stages.{name}.head=NAME" for name in stages)
+        advice = f"choose {places}, or leave recipe={recipe} out"
+        problems.append(f"head: recipe={recipe} gives each stage its own head; {advice}")
+
+
+def _check_views(augment: Any, path: str, problems: list[str]) -> None:
+    """An `augment` section; a stage's may leave out what it takes from the top-level one."""
+    if isinstance(augment, Mapping):
+        problems += check_augment(augment if path == "augment" else {"views": {"clean": []}, **augment}, path)
+    else:
+        problems.append(
+            f"{path}={show(augment)}: must be a mapping with size and views; choose augment=NAME ({_names('augment')})"
+        )
+
+
+def _check_places(job: Mapping[str, Any], read: Mapping[str, dict[str, Any]], problems: list[str]) -> None:
+    """Names and paths that the run will use."""
+    name = read["run"].get("name")
+    if name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or name in (".", "..")):
+        allowed = "letters, digits, dots, _ and -, at most 200 of them"
+        problems.append(f"run.name={show(name)}: must be {allowed}; run.dir=PATH takes any folder")
+    resume = job.get("resume")
+    if resume is not None and resume not in ("auto", "never") and not Path(resume).exists():
+        problems.append(
+            f"resume={show(resume)}: must be auto, never or the path of a checkpoint; there is no such file or folder"
+        )
+
+
+def _check_relations(stages: Mapping[str, Stage], problems: list[str]) -> None:
+    """What two keys together must fulfil."""
+    for name, stage in stages.items():
+        path, trainer, optim = f"stages.{name}", stage.trainer, stage.optim
+        if trainer.micro_batches > trainer.batch_size:
+            most = f"must be at most batch_size ({trainer.batch_size})"
+            problems.append(f"{path}.trainer.micro_batches={trainer.micro_batches}: {most}")
+        if optim.nesterov and optim.momentum == 0:
+            problems.append(f"{path}.optim.nesterov=true: needs optim.momentum above 0")

@@ -1,0 +1,210 @@
+"""The data sets that `data=NAME` can choose. A function's signature is the schema of its part of the configuration.
+
+Every function returns `ImageData`. Labels, where there are any, go to `classes`, which only evaluation reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepclust.data.arrays import as_images, as_labels, load_array
+from deepclust.data.benchmarks import (
+    CIFAR20_CLASSES,
+    FASHION_MNIST_CLASSES,
+    fine_to_coarse,
+    read_benchmark,
+    read_fashion_mnist,
+)
+from deepclust.data.folders import NO_SPLIT, by_protocol, list_file, list_folder, load_files, read_structure
+from deepclust.data.image_set import ImageData, ImageSet, Skipped, as_classes, set_of_arrays
+from deepclust.errors import UserError
+from deepclust.schema import Count, Natural
+
+__all__ = [
+    "ImageData",
+    "ImageSet",
+    "Skipped",
+    "arrays",
+    "cifar10",
+    "cifar20",
+    "cifar100",
+    "digits",
+    "fashion_mnist",
+    "from_arrays",
+    "image_folder",
+    "image_list",
+    "stl10",
+]
+
+
+def digits() -> ImageData:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, 10 classes; values 0..16 scaled to 0..255. No download."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8))
+    names = [str(digit) for digit in range(10)]
+    everything = set_of_arrays("digits", images, ["digits"] * len(images), labels.astype(np.int64), names)
+    return by_protocol("digits", everything, "transductive")
+
+
+def fashion_mnist(
+    root: str = "data",
+    split: Literal["test", "train", "all"] = "test",
+    protocol: Literal["transductive", "inductive"] = "transductive",
+    download: bool = False,
+) -> ImageData:
+    """Fashion-MNIST (Xiao et al. 2017): 28 x 28 grey, 10 classes; 10,000 test (the default) and 60,000 train images.
+
+    Looked for in `root` (torchvision's layout, or the bare IDX files), then where Debian's package
+    dataset-fashion-mnist puts it; downloaded to `root` if `download`. protocol `inductive`, with split train: the
+    test split is held out.
+    """
+    images, labels, splits = read_fashion_mnist(root, _splits_for(split, protocol), download)
+    everything = set_of_arrays("fashion_mnist", images, splits, labels, FASHION_MNIST_CLASSES)
+    return by_protocol("fashion_mnist", everything, protocol)
+
+
+def cifar10(
+    root: str = "data",
+    split: Literal["train", "test", "all"] = "train",
+    protocol: Literal["transductive", "inductive"] = "inductive",
+    download: bool = False,
+) -> ImageData:
+    """CIFAR-10 (Krizhevsky 2009): 32 x 32 RGB, 10 classes; 50,000 train and 10,000 test images, read by torchvision.
+
+    By default it trains on the train split and holds the test split out, as SCAN does; `split=all
+    protocol=transductive` clusters both together, as many other papers do.
+    """
+    return _torchvision("cifar10", "CIFAR10", root, _splits_for(split, protocol), protocol, download)
+
+
+def cifar100(
+    root: str = "data",
+    split: Literal["train", "test", "all"] = "train",
+    protocol: Literal["transductive", "inductive"] = "inductive",
+    download: bool = False,
+) -> ImageData:
+    """CIFAR-100 with its 100 classes; otherwise as `cifar10`."""
+    return _torchvision("cifar100", "CIFAR100", root, _splits_for(split, protocol), protocol, download)
+
+
+def cifar20(
+    root: str = "data",
+    split: Literal["train", "test", "all"] = "train",
+    protocol: Literal["transductive", "inductive"] = "inductive",
+    download: bool = False,
+) -> ImageData:
+    """CIFAR-100 with its 20 superclasses ("CIFAR100-20"); otherwise as `cifar10`."""
+    data = _torchvision("cifar20", "CIFAR100", root, _splits_for(split, protocol), protocol, download)
+    for images in (data.train, data.test):
+        if images is not None and images.classes is not None:
+            images.classes, images.class_names = fine_to_coarse()[images.classes], list(CIFAR20_CLASSES)
+    return data
+
+
+def stl10(
+    root: str = "data",
+    split: Literal["train", "test", "all", "unlabeled"] = "train",
+    protocol: Literal["transductive", "inductive"] = "inductive",
+    download: bool = False,
+) -> ImageData:
+    """STL-10 (Coates et al. 2011): 96 x 96 RGB, 10 classes; 5,000 train, 8,000 test and 100,000 unlabelled images.
+
+    `all` is train and test together; `unlabeled` has no classes and needs protocol=transductive.
+    """
+    return _torchvision("stl10", "STL10", root, _splits_for(split, protocol), protocol, download)
+
+
+def _splits_for(split: str, protocol: str) -> list[str]:
+    """The splits to read: with protocol `inductive` both, the test split being held out."""
+    if protocol == "inductive":
+        if split != "train":
+            raise UserError(
+                f"data.split={split} with data.protocol=inductive: what is trained on must be data.split=train, "
+                "the test split is held out.\nUse data.protocol=transductive to train on this split and cluster it."
+            )
+        return ["train", "test"]
+    return ["train", "test"] if split == "all" else [split]
+
+
+def _torchvision(name: str, kind: str, root: str, splits: list[str], protocol: str, download: bool) -> ImageData:
+    (images, labels, names), class_names = read_benchmark(kind, root, splits, download)
+    return by_protocol(name, set_of_arrays(name, images, names, labels, class_names), protocol)
+
+
+def image_folder(
+    root: str,
+    size: Count = 64,
+    channels: Literal["auto", 1, 3] = "auto",
+    labels: Literal["auto", "folders", "none"] = "auto",
+    protocol: Literal["transductive", "inductive"] = "transductive",
+    memory_mb: Natural = 2048,
+) -> ImageData:
+    """Any folder of images, flat or nested, labelled or not.
+
+    size: shorter side in px after resizing; then the centre is cropped. channels `auto`: 1 if a sample of the images is
+    grey throughout. labels `auto`: the names of the folders right under `root` if all images lie in two or more of
+    them, else none; under train, validation and test folders, the names of the folders in those. protocol `inductive`:
+    trains on the train folder alone. memory_mb: images that take no more MiB stay in memory, others are decoded anew
+    each time.
+
+    Raises:
+        UserError: no such folder, no permission, fewer than two readable images, no such labels or splits.
+    """
+    listing = list_folder(root)
+    read_structure(listing, labels)
+    name = os.path.basename(os.path.abspath(listing.root)) or "image_folder"
+    return load_files(name, listing, size, channels, memory_mb, protocol)
+
+
+def image_list(
+    file: str,
+    size: Count = 64,
+    channels: Literal["auto", 1, 3] = "auto",
+    labels: Literal["auto", "none"] = "auto",
+    memory_mb: Natural = 2048,
+) -> ImageData:
+    """A text file with one image path per line, or a CSV file with a path and, if wanted, a label per line.
+
+    Paths are relative to the file's folder. A first line `path,label` is taken as a header. In a file that is not
+    called .csv a tab divides path and label. size, channels, memory_mb: as for `image_folder`.
+
+    Raises:
+        UserError: no such file, fewer than two readable images, or labels for some images only.
+    """
+    listing = list_file(file, labels)
+    return load_files(os.path.splitext(os.path.basename(file))[0], listing, size, channels, memory_mb, "transductive")
+
+
+def arrays(images: str, labels: str | None = None) -> ImageData:
+    """Images of a .npy file, or of the array `images` (or `x`, or the only one) of a .npz file.
+
+    labels: a .npy or .npz file (array `labels` or `y`). Shapes, dtypes and ranges: see `from_arrays`. Files with Python
+    objects in them are refused.
+    """
+    pixels = load_array(images, "data.images", ("images", "x"))
+    targets = None if labels is None else load_array(labels, "data.labels", ("labels", "y"))
+    return from_arrays(pixels, targets)
+
+
+def from_arrays(
+    images: np.ndarray | Tensor, labels: Sequence[Any] | np.ndarray | Tensor | None = None, name: str = "arrays"
+) -> ImageData:
+    """Images (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3: integers in 0..255, or floats in [0, 1].
+
+    labels: N whole numbers or strings, or None; only evaluation reads them.
+
+    Raises:
+        UserError: another shape, values out of range (NaN included), or labels of another length.
+    """
+    pixels = as_images(images)
+    classes, class_names = (None, []) if labels is None else as_classes(as_labels(labels, len(pixels)))
+    everything = set_of_arrays(name, pixels, [NO_SPLIT] * len(pixels), classes, class_names)
+    return by_protocol(name, everything, "transductive")

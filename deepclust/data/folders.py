@@ -1,0 +1,276 @@
+"""Folders and lists of image files: what is listed, in which order, and which classes and splits the paths tell."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from deepclust.data.image_set import (
+    IMAGENET_GREY_MEAN,
+    IMAGENET_GREY_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageData,
+    ImageSet,
+    Skipped,
+    as_classes,
+    channel_statistics,
+)
+from deepclust.data.images import EXTENSIONS, all_grey, decode_all
+from deepclust.errors import UserError
+
+TRAIN_NAMES = {"train", "training"}
+SPLIT_NAMES = TRAIN_NAMES | {"val", "valid", "validation", "test", "testing"}
+SYSTEM_NAMES = {"__macosx", "thumbs.db", "lost+found", "$recycle.bin", "system volume information"}
+PATH_HEADERS = {"path", "file", "filename", "image", "image_path"}
+NO_SPLIT = "all"
+
+
+@dataclass
+class Listing:
+    """Image files of a folder or list: paths relative to `root`, labels by path or None, and what else lay there."""
+
+    root: Path
+    paths: list[str]
+    labels: list[str | None] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    num_ignored: int = 0
+
+
+def natural(text: str) -> tuple[Any, ...]:
+    """Sort key: `img2` before `img10`, upper and lower case together, the same on every machine and in every locale."""
+    pieces = re.split(r"([0-9]+)", text.casefold())
+    return (*((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece), (-1, 0, text))
+
+
+def check_folder(root: str) -> Path:
+    """The folder at `root` (`~` allowed); a `UserError` says what is wrong with it and what may have been meant."""
+    path = Path(os.path.expanduser(root))
+    if root and os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        raise UserError(f"data.root={root}: this is a file; give the folder that holds the images.")
+    raise UserError(f"data.root={root}: there is no such folder. {_nearest(path)}")
+
+
+def _nearest(path: Path) -> str:
+    missing = path.absolute()
+    while not os.path.isdir(missing.parent):
+        missing = missing.parent
+    here = missing.parent
+    try:
+        close = difflib.get_close_matches(missing.name, sorted(os.listdir(here)), n=1)
+    except PermissionError:
+        return f"There is no permission to look into {here}."
+    return f"Did you mean {here / close[0]}?" if close else f"The nearest folder that exists is {here}."
+
+
+def list_folder(root: str) -> Listing:
+    """All image files under `root`, at any depth, in natural order of their paths.
+
+    Hidden and system names are left out; links are followed, but never into a folder that contains them. Links that
+    lead nowhere count as images, so that they are named later on.
+    """
+    path = check_folder(root)
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    for name in _walk(path):
+        extension = os.path.splitext(name)[1].lower()
+        if extension in EXTENSIONS:
+            found.append(name)
+        else:
+            others[extension or "no extension"] += 1
+    if not found:
+        raise UserError(f"data.root={root}: {_nothing_found(others)}")
+    found.sort(key=lambda name: [natural(part) for part in name.split("/")])
+    return Listing(path, found, num_ignored=others.total())
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Relative paths of all files below `root` that are not hidden."""
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while waiting:
+        below, ancestors = waiting.pop()
+        folder = root / below
+        try:
+            status, entries = folder.stat(), list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(
+                f"data.root={root}: the folder {folder} cannot be listed ({error.strerror}).\n"
+                "Give yourself permission to read it, or move it elsewhere."
+            ) from error
+        here = (status.st_dev, status.st_ino)
+        if here in ancestors:  # a link back to a folder that contains it
+            continue
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
+                continue
+            if entry.is_dir():
+                waiting.append((name, (*ancestors, here)))
+            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                yield name
+
+
+def _nothing_found(others: Counter[str]) -> str:
+    if not others:
+        return "the folder is empty (hidden files are not counted)."
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    return (
+        f"no image among {others.total()} files ({kinds}).\n"
+        f"Files with these extensions are read: {' '.join(EXTENSIONS)}"
+    )
+
+
+def read_structure(listing: Listing, labels: Literal["auto", "folders", "none"]) -> None:
+    """Fills in splits and labels from the paths' folders.
+
+    A first level of nothing but train, validation, test (two of them, or train alone) names splits; the next level
+    names classes.
+    """
+    parts = [path.split("/") for path in listing.paths]
+    first = {names[0].lower() for names in parts}
+    has_splits = all(len(names) > 1 for names in parts) and first <= SPLIT_NAMES
+    has_splits = has_splits and (len(first) > 1 or (first <= TRAIN_NAMES and all(len(names) > 2 for names in parts)))
+    depth = 1 if has_splits else 0
+    listing.splits = [names[0] if has_splits else NO_SPLIT for names in parts]
+    found: list[str | None] = [names[depth] if len(names) > depth + 1 else None for names in parts]
+    loose = next((path for path, label in zip(listing.paths, found) if label is None), None)
+    if labels == "folders" and (loose is not None or len(set(found)) < 2):
+        why = f"{loose} lies in no class folder" if loose is not None else f"there is one class folder only, {found[0]}"
+        raise UserError(f"data.labels=folders: {why}. Use data.labels=auto or none.")
+    if labels == "none" or (loose is not None and not has_splits):
+        found = [None] * len(found)
+    listing.labels = found
+
+
+def list_file(file: str, labels: Literal["auto", "none"]) -> Listing:
+    """A text file with one path per line, or CSV/TSV with a path and, if wanted, a label; a header line is optional.
+
+    In a .txt file a tab divides path and label, so that paths may hold commas and blanks. Paths are relative to the
+    file's folder.
+    """
+    path = Path(os.path.expanduser(file))
+    if not os.path.isfile(path):
+        raise UserError(f"data.file={file}: there is no such file. {_nearest(path)}")
+    try:
+        rows = _rows(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.file={file}: cannot be read as UTF-8 text ({error}).") from error
+    if rows and rows[0][0].strip().lower() in PATH_HEADERS:
+        rows = rows[1:]
+    if not rows:
+        raise UserError(f"data.file={file}: names no image. Give one path per line.")
+    found: list[str | None] = [None for _ in rows]
+    if labels == "auto":
+        found = [row[1].strip() or None if len(row) > 1 else None for row in rows]
+    if None in found and any(found):
+        raise UserError(
+            f"data.file={file}: entry {found.index(None) + 1} ({rows[found.index(None)][0]}) has no label, others do.\n"
+            "Give every image a label, or use data.labels=none."
+        )
+    return Listing(path.parent, [row[0].strip() for row in rows], found, [NO_SPLIT] * len(rows))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    lines = (line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())
+    if path.suffix.lower() == ".csv":
+        return list(csv.reader(lines))
+    return list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def load_files(
+    name: str, listing: Listing, size: int, channels: Literal["auto", 1, 3], memory_mb: int, protocol: str
+) -> ImageData:
+    """Decodes every file once: into memory if all fit into `memory_mb` MiB, else only to find the unreadable ones."""
+    files = [os.path.join(listing.root, path) for path in listing.paths]
+    num_channels = channels if channels != "auto" else 1 if all_grey(files) else 3
+    in_memory = len(files) * num_channels * size * size <= memory_mb * 2**20
+    images, reasons = decode_all(files, size, num_channels, in_memory)
+    reasons = [_name_fault(path) or reason for path, reason in zip(listing.paths, reasons)]
+    rows = np.flatnonzero([reason is None for reason in reasons])
+    _check_count(listing, reasons, len(rows))
+    if images is not None and len(rows) < len(files):
+        images = images[rows]
+    grey = num_channels == 1
+    mean, std = (IMAGENET_GREY_MEAN, IMAGENET_GREY_STD) if grey else (IMAGENET_MEAN, IMAGENET_STD)
+    if images is not None:
+        mean, std = channel_statistics(images)
+    classes, class_names = as_classes([listing.labels[row] for row in rows], natural)
+    everything = ImageSet(
+        name=name,
+        ids=rows,
+        paths=[listing.paths[row] for row in rows],
+        splits=np.asarray([listing.splits[row] for row in rows], dtype=str),
+        channels=num_channels,
+        size=(size, size),
+        mean=mean,
+        std=std,
+        images=images,
+        classes=classes,
+        class_names=class_names,
+        skipped=[
+            Skipped(row, printable(path), reason)
+            for row, (path, reason) in enumerate(zip(listing.paths, reasons))
+            if reason is not None
+        ],
+        num_ignored=listing.num_ignored,
+        root=str(listing.root),
+        file_bytes=np.array([os.path.getsize(files[row]) for row in rows]),
+    )
+    return by_protocol(name, everything, protocol)
+
+
+def printable(path: str) -> str:
+    """A path that any UTF-8 file can hold."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _name_fault(path: str) -> str | None:
+    return None if printable(path) == path else "its name is not valid UTF-8: rename it"
+
+
+def _check_count(listing: Listing, reasons: Sequence[str | None], num_readable: int) -> None:
+    if num_readable >= 2:
+        return
+    faults = [f"  {printable(path)}: {reason}" for path, reason in zip(listing.paths, reasons) if reason is not None]
+    if num_readable:
+        text = f"{listing.root}: clustering needs at least 2 images, and 1 was found"
+    else:
+        text = f"{listing.root}: none of the {len(listing.paths)} images can be read"
+    raise UserError(
+        "\n".join([f"{text}{':' if faults else '.'}", *faults[:5], *(["  ..."] if len(faults) > 5 else [])])
+    )
+
+
+def by_protocol(name: str, everything: ImageSet, protocol: str) -> ImageData:
+    """Transductive: all images are trained on and clustered. Inductive: split train is, the rest is held out."""
+    if protocol == "transductive":
+        return ImageData(without_partial_labels(everything), None, "transductive", name)
+    in_train = np.array([split.lower() in TRAIN_NAMES for split in everything.splits])
+    if in_train.sum() < 2 or in_train.all():
+        found = ", ".join(sorted(set(everything.splits.tolist())))
+        raise UserError(
+            f"data.protocol=inductive: needs 2 images or more in split train and some in another (splits: {found}).\n"
+            "Use data.protocol=transductive to cluster all images."
+        )
+    train, test = everything.select(in_train), everything.select(~in_train)
+    if everything.images is not None:
+        train.mean, train.std = test.mean, test.std = channel_statistics(everything.images[np.flatnonzero(in_train)])
+    return ImageData(without_partial_labels(train), without_partial_labels(test), "inductive", name)
+
+
+def without_partial_labels(images: ImageSet) -> ImageSet:
+    """The set itself; without classes if some of its images have none, for scores over a part would mislead."""
+    if images.classes is not None and (images.classes < 0).any():
+        images.classes, images.class_names = None, []
+    return images

@@ -1,0 +1,196 @@
+"""From an image file to pixels: uint8 (C, size, size), or a refusal with the reason in words.
+
+Conventions: alpha and transparent palettes lie on white; 16-bit grey is divided by 257; 32-bit integers and floats are
+taken as 0..1 (floats only), 0..255 or 0..65535, whichever is the first that holds their values; EXIF rotation is
+applied; animations give their first frame; colour profiles are not applied.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from deepclust.errors import UserError
+
+EXTENSIONS = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+# Named, because Pillow would hand a PostScript file called x.jpg to an outside program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what brings the image upright."""
+EXIF_ORIENTATION = 0x0112
+POOL_BATCH = 1024
+
+# Pillow warns about large images and odd metadata on stderr, once per worker; what matters comes back as a reason.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class UnreadableImage(UserError):
+    """A file that is no usable image; `reason` says why, in words."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def decode(path: str | Path, size: int, channels: int) -> np.ndarray:
+    """An image file as uint8 (channels, size, size): shorter side resized to `size` (antialiased bicubic), centre crop.
+
+    Raises:
+        UnreadableImage: whatever is wrong with the file.
+    """
+    try:
+        _check_file(path)
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft(
+                None, (2 * size, 2 * size)
+            )  # JPEG decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
+            sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            image.load()
+            pixels = _crop(_eight_bit(_upright(image), sixteen_bit, channels), size)
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on a broken file
+        raise UnreadableImage(str(path), _reason(error)) from error
+    return np.array(pixels).reshape(size, size, channels).transpose(2, 0, 1).copy()
+
+
+def _check_file(path: str | Path) -> None:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
+        raise ValueError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    if status.st_size == 0:
+        raise ValueError("empty file (0 bytes)")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # broken metadata says nothing about the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bit(image: Image.Image, sixteen_bit: bool, channels: int) -> Image.Image:
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_rescale(np.asarray(image), sixteen_bit))
+    elif _has_alpha(image):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    in_palette = image.palette is not None and image.palette.mode.endswith("A")
+    return image.mode.lower().endswith("a") or in_palette or "transparency" in image.info
+
+
+def _rescale(values: np.ndarray, sixteen_bit: bool) -> np.ndarray:
+    """Integers or floats of unknown range to uint8, by the conventions at the top of this file."""
+    if not np.isfinite(values).all():
+        raise ValueError("holds NaN or infinite pixels")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"pixel values from {low:g} to {high:g} fit none of 0..1, 0..255 and 0..65535")
+    if values.dtype.kind == "f" and high <= 1:
+        scale = 255.0
+    else:
+        scale = 1.0 if high <= 255 and not sixteen_bit else 1 / 257
+    return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """The centred square, resized: the same as resizing the shorter side and cropping, without the pixels cut away."""
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file (or a link that leads nowhere)"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a kind that can be read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels: may be a decompression bomb"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def decode_all(
+    files: Sequence[str], size: int, channels: int, in_memory: bool
+) -> tuple[Tensor | None, list[str | None]]:
+    """Decodes every file in a pool of threads (Pillow releases the interpreter lock while it decodes).
+
+    Returns:
+        images (N, C, size, size) uint8 if `in_memory`, else None; and for each file None or why it cannot be read.
+    """
+    images = torch.zeros(len(files), channels, size, size, dtype=torch.uint8) if in_memory else None
+
+    def read(row: int) -> str | None:
+        try:
+            pixels = decode(files[row], size, channels)
+        except UnreadableImage as error:
+            return error.reason
+        if images is not None:
+            images[row] = torch.from_numpy(pixels)
+        return None
+
+    return images, _in_threads(read, len(files))
+
+
+def all_grey(files: Sequence[str], num_samples: int = 256) -> bool:
+    """Whether all readable ones of up to `num_samples` evenly spaced files are grey (three equal channels are, too)."""
+    rows = np.unique(np.linspace(0, len(files) - 1, num_samples).astype(int))
+
+    def grey(sample: int) -> bool | None:
+        try:
+            pixels = decode(files[int(rows[sample])], 32, 3)
+        except UnreadableImage:
+            return None
+        return bool((pixels[0] == pixels[1]).all() and (pixels[1] == pixels[2]).all())
+
+    found = [answer for answer in _in_threads(grey, len(rows)) if answer is not None]
+    return bool(found) and all(found)
+
+
+def _in_threads(work: Callable[[int], bool | str | None], count: int) -> list:
+    """`work(row)` for every row, in order, a batch at a time so that Ctrl-C does not wait for all of them."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    results: list = []
+    with ThreadPoolExecutor(min(8, num_cores)) as pool:
+        for start in range(0, count, POOL_BATCH):
+            results += pool.map(work, range(start, min(start + POOL_BATCH, count)))
+    return results

@@ -1,0 +1,88 @@
+"""The operations a view may be made of, by name, and the check of a description. Importing this file imports no torch.
+
+An operation is a public class of `view_geometry`, `view_color`, `view_pixels` or `view_mix`; its name in a description
+is the class name in snake_case, its parameters are those of the constructor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from deepclust.errors import UserError
+from deepclust.signatures import check_arguments, definitions, resolve, signature, source, unknown_key
+
+if TYPE_CHECKING:
+    from deepclust.data.view_base import Op
+
+_HOMES = ("view_geometry", "view_color", "view_pixels", "view_mix")
+
+
+def op_targets() -> dict[str, str]:
+    """Name of every operation to the full name of its class."""
+    targets = {}
+    for home in (f"deepclust.data.{name}" for name in _HOMES):
+        path = source(home)
+        for name, node in definitions(path).items() if path else ():
+            if name[0].isupper() and node:
+                targets[re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()] = f"{home}.{name}"
+    return targets
+
+
+def check_ops(description: Any, where: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The targets and arguments of a list of operations; what is wrong with it is added to `problems`.
+
+    description: [{name: {parameter: value, ...} or null}, ...]. where: its key, for the messages.
+    """
+    if not isinstance(description, Sequence) or isinstance(description, str):
+        problems.append(f"{where}={description}: must be a list of operations, such as [{{horizontal_flip: {{p: 0.5}}}}]")
+        return []
+    targets, found = op_targets(), []
+    for place, entry in enumerate(description):
+        spot = f"{where}[{place}]"
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            problems.append(f"{spot}={entry}: must be one operation with its parameters, such as {{resize: {{}}}}")
+            continue
+        name, values = next(iter(entry.items()))
+        if name not in targets:
+            problems.append(unknown_key(spot, str(name), values, targets))
+        elif not isinstance(values or {}, Mapping):
+            problems.append(f"{spot}.{name}={values}: must be a mapping of parameters")
+        else:
+            arguments = check_arguments(signature(targets[name]), values or {}, f"{spot}.{name}", problems)
+            if "ops" in arguments:
+                check_ops(arguments["ops"], f"{spot}.{name}.ops", problems)
+            found.append((targets[name], arguments))
+    return found
+
+
+def check_augment(augment: Mapping[str, Any], where: str = "augment") -> list[str]:
+    """Everything wrong with an `augment` section: unknown keys, views, operations, parameters, types and ranges."""
+    problems = [
+        unknown_key(where, str(key), augment[key], ("size", "views")) for key in augment if key not in ("size", "views")
+    ]
+    size, views = augment.get("size"), augment.get("views")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        problems.append(f"{where}.size={size}: must be an integer >= 1, or null for the size of the images")
+    if not isinstance(views, Mapping) or not views:
+        problems.append(f"{where}.views={views}: must be a mapping from names of views to lists of operations")
+        return problems
+    for name, description in views.items():
+        check_ops(description, f"{where}.views.{name}", problems)
+    return problems
+
+
+def make_ops(description: Any, where: str = "ops") -> list[Op]:
+    """The operations of a description. Raises UserError with everything that is wrong with it."""
+    problems: list[str] = []
+    found = check_ops(description, where, problems)
+    ops = []
+    for place, (target, arguments) in enumerate([] if problems else found):
+        try:
+            ops.append(resolve(target)(**arguments))
+        except ValueError as error:
+            problems.append(f"{where}[{place}].{error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return ops

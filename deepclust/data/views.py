@@ -1,0 +1,248 @@
+"""Random views of images: one description, two engines.
+
+`ViewTransform.batch` makes the views of a whole batch at once on the images' device, with fresh parameters for each
+image; `ViewTransform.sample` makes one view with torchvision, for loader workers. Both draw the same parameters from the
+same key. Consecutive geometric operations become one interpolation, consecutive colour operations one matrix per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from deepclust.data.random import uniforms
+from deepclust.data.view_base import Color, Erase, Geometric, Op, Params, Pixel, Size, integers, warp
+from deepclust.data.view_mix import RandomOps
+from deepclust.data.view_ops import make_ops
+from deepclust.data.view_pixels import Identity
+from deepclust.errors import UserError
+from deepclust.signatures import near
+
+
+class Images(Protocol):
+    """What views must know of a set of images."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+class ViewTransform:
+    """Turns images into normalised views.
+
+    description: operations in order, [{name: {parameter: value}}, ...]; those that paint over parts come last.
+    size: of the view in pixels, (height, width) or one number for both; crops and resizes without a size of their own use
+    it. mean, std: of the image set, one value per channel, for pixels scaled to [0, 1].
+    Raises UserError for an operation or a parameter that does not exist.
+    """
+
+    def __init__(
+        self,
+        description: Sequence[Mapping[str, Any]],
+        size: int | tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        where: str = "view",
+    ) -> None:
+        ops = make_ops(description, where)
+        self.size: Size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        self.planned, self.num_uniforms = _plan(ops)
+        painting = [isinstance(item.op, Erase) for item in self.planned]
+        if painting != sorted(painting):
+            raise UserError(f"{where}: cutout and random_erasing paint over the finished view; put them at the end")
+        self.groups = _group(self.planned)
+        self._scale = 1 / torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self._shift = -torch.tensor(mean, dtype=torch.float32)[:, None, None] * self._scale
+
+    def batch(self, images: Tensor, keys: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 images and (B,) int64 keys to (B, C, h, w) float32 views on the images' device.
+
+        Parameters are drawn on the CPU, whatever the device: they are few, and equal everywhere.
+        """
+        u = uniforms(keys.cpu(), self.num_uniforms)
+        views = images.to(torch.float32).mul_(1 / 255)
+        for group in self.groups:
+            if not isinstance(group[0].op, Erase):
+                views = _apply(views, group, u, self.size)
+        views = self._normalise(views)
+        for group in self.groups:
+            if isinstance(group[0].op, Erase):
+                views = _apply(views, group, u, self.size)
+        return views
+
+    def sample(self, image: Tensor, key: int) -> Tensor:
+        """One (C, H, W) uint8 image to a (C, h, w) float32 view."""
+        u = uniforms(torch.tensor([key]), self.num_uniforms)
+        row = u[0].tolist()
+        drawn = [item for item in self.planned if item.chosen(row)]
+        for item in drawn:
+            if not isinstance(item.op, Erase):
+                image = item.op.sample(image, item.draw(u, (image.shape[1], image.shape[2])), self.size)
+        view = self._normalise(image[None].to(torch.float32).mul_(1 / 255))
+        for item in drawn:
+            if isinstance(item.op, Erase):
+                view = item.op.batch(view, item.draw(u, (view.shape[2], view.shape[3])))
+        return view[0]
+
+    def _normalise(self, views: Tensor) -> Tensor:
+        return views.mul_(self._scale.to(views.device)).add_(self._shift.to(views.device))
+
+
+def build_views(augment: Mapping[str, Any], image_set: Images, names: Sequence[str]) -> dict[str, ViewTransform]:
+    """The named views of an `augment` section for a set of images.
+
+    Raises UserError, with the nearest valid name, for a view, an operation or a parameter that does not exist.
+    """
+    views, built = augment["views"], {}
+    for name in dict.fromkeys(names):
+        if name not in views:
+            nearest = near(name, views)
+            advice = f"did you mean {nearest}?" if nearest else f"there are: {', '.join(views)}"
+            raise UserError(f"augment.views has no view {name!r}; {advice}")
+        size = augment.get("size") or image_set.size
+        built[name] = ViewTransform(views[name], size, image_set.mean, image_set.std, f"augment.views.{name}")
+    return built
+
+
+class _Choice(NamedTuple):
+    """Holds if the uniform in `column`, cut into `parts` equal parts, lies in part `number`."""
+
+    column: int
+    number: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """An op and the columns of uniforms it reads: the first says whether an image gets it, the others its parameters."""
+
+    op: Op
+    column: int
+    choice: _Choice | None = None
+
+    def gate(self, u: Tensor) -> Tensor | None:
+        """(B, n) uniforms to (B,) bool, which images get the op; None for all of them."""
+        on = None if self.op.p >= 1 else u[:, self.column] < self.op.p
+        if self.choice is None:
+            return on
+        drawn = integers(u[:, self.choice.column], self.choice.parts) == self.choice.number
+        return drawn if on is None else on & drawn
+
+    def chosen(self, row: list[float]) -> bool:
+        """The same for the uniforms of one image."""
+        if self.choice is not None and int(row[self.choice.column] * self.choice.parts) != self.choice.number:
+            return False
+        return self.op.p >= 1 or row[self.column] < self.op.p
+
+    def draw(self, u: Tensor, size: Size) -> Params:
+        """The op's parameters for images of this size."""
+        return self.op.draw(u[:, self.column + 1 : self.column + 1 + self.op.draws], size)
+
+
+def _plan(ops: Sequence[Op]) -> tuple[list[_Planned], int]:
+    """Every op with its columns of uniforms, and the number of uniforms an image needs.
+
+    One draw of `random_ops` becomes all its ops, of which an image gets one; so their order is free, and those that can be
+    applied as one stand side by side.
+    """
+    planned: list[_Planned] = []
+    column = 0
+    for op in ops:
+        if not isinstance(op, RandomOps):
+            planned.append(_Planned(op, column))
+            column += 1 + op.draws
+            continue
+        order = sorted(range(len(op.ops)), key=lambda n: isinstance(op.ops[n], Pixel) + 2 * isinstance(op.ops[n], Color))
+        for _ in range(op.count):
+            for number in order:
+                if not isinstance(op.ops[number], Identity):
+                    planned.append(_Planned(op.ops[number], column + 1, _Choice(column, number, len(op.ops))))
+            column += 2 + max(each.draws for each in op.ops)
+    return planned, column
+
+
+def _group(planned: Sequence[_Planned]) -> list[list[_Planned]]:
+    """Neighbours that the batch engine applies as one: colour operations, and geometric ones with the same fill."""
+    groups: list[list[_Planned]] = []
+    for item in planned:
+        last = groups[-1] if groups else []
+        if all(_joins(other.op, item.op) for other in last) and last:
+            last.append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def _joins(first: Op, second: Op) -> bool:
+    if isinstance(first, Geometric) and isinstance(second, Geometric):
+        return first.fill is None or second.fill is None or first.fill == second.fill
+    return isinstance(first, Color) and isinstance(second, Color)
+
+
+def _apply(images: Tensor, group: Sequence[_Planned], u: Tensor, target: Size) -> Tensor:
+    """(B, C, H, W) float32 images, which may be overwritten, after a group of operations."""
+    if isinstance(group[0].op, Geometric):
+        return _move(images, group, u, target)
+    if isinstance(group[0].op, Color):
+        return _recolor(images, group, u)
+    item, op = group[0], cast(Pixel | Erase, group[0].op)
+    params = item.draw(u, (images.shape[2], images.shape[3]))
+    on = item.gate(u)
+    if on is None:
+        return op.batch(images, _on_device(params, images))
+    rows = on.nonzero()[:, 0]
+    if len(rows):
+        some = rows.to(images.device)
+        images[some] = op.batch(images[some], _on_device({name: value[rows] for name, value in params.items()}, images))
+    return images
+
+
+def _on_device(params: Params, images: Tensor) -> Params:
+    return {name: value.to(images.device, non_blocking=True) for name, value in params.items()}
+
+
+def _move(images: Tensor, group: Sequence[_Planned], u: Tensor, target: Size) -> Tensor:
+    """One interpolation for all geometric operations of a group."""
+    size = (images.shape[2], images.shape[3])
+    total, same = torch.eye(3)[None], torch.eye(3)
+    fill = "zeros"
+    for item in group:
+        op = cast(Geometric, item.op)
+        matrix, on = op.matrix(item.draw(u, size), size, target), item.gate(u)
+        total = total @ (matrix if on is None else torch.where(on[:, None, None], matrix, same))
+        size, fill = op.out_size(size, target), op.fill or fill
+    return warp(images, total.expand(images.shape[0], 3, 3), size, fill)
+
+
+def _recolor(images: Tensor, group: Sequence[_Planned], u: Tensor) -> Tensor:
+    """One affine map of the channels per image for all colour operations of a group, clamped at the end."""
+    gates = [item.gate(u) for item in group]
+    some = torch.stack([gate for gate in gates if gate is not None]).any(dim=0) if None not in gates else None
+    if some is not None and int(some.sum()) <= len(images) // 2:
+        rows = some.nonzero()[:, 0]
+        place = rows.to(images.device)
+        images[place] = _recolor_all(images[place], group, u[rows], [gate if gate is None else gate[rows] for gate in gates])
+        return images
+    return _recolor_all(images, group, u, gates)
+
+
+def _recolor_all(images: Tensor, group: Sequence[_Planned], u: Tensor, gates: Sequence[Tensor | None]) -> Tensor:
+    size, channels = (images.shape[2], images.shape[3]), images.shape[1]
+    pixels = images.flatten(2)
+    means = pixels.mean(dim=2)
+    total = same = torch.eye(channels + 1, device=images.device)
+    for item, on in zip(group, gates):
+        matrix = cast(Color, item.op).matrix(_on_device(item.draw(u, size), images), means)
+        if on is not None:
+            matrix = torch.where(on.to(images.device)[:, None, None], matrix, same)
+        total = matrix @ total
+        means = (matrix[:, :-1, :-1] @ means[:, :, None])[:, :, 0] + matrix[:, :-1, -1]
+    total = total.expand(images.shape[0], -1, -1)
+    return torch.baddbmm(total[:, :-1, -1:], total[:, :-1, :-1], pixels).clamp_(0, 1).view_as(images)

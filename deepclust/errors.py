@@ -1,0 +1,7 @@
+"""Errors that a user can mend. Their text is the whole message; the command line prints it without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad configuration, data or surroundings: says which key or file, its value, what would be valid, and the fix."""

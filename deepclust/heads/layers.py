@@ -1,0 +1,67 @@
+"""Layers that several methods put on top of a backbone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepclust.ops import kmeans
+
+
+class ClusterLayer(nn.Module):
+    """H independent sub-heads from features to cluster logits, evaluated in one product.
+
+    kind `linear`: logits = z W^T + b, as in SCAN. kind `cosine`: logits = cos(z, W_k) / temperature, so that a row of W
+    is a prototype and the head can begin as a k-means clustering.
+    """
+
+    def __init__(
+        self, dim: int, num_clusters: int, num_heads: int = 1, *, kind: Literal["linear", "cosine"] = "linear", temperature: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.num_clusters, self.num_heads = num_clusters, num_heads
+        self.kind, self.temperature = kind, temperature
+        linear = nn.Linear(dim, num_heads * num_clusters)
+        self.weight = linear.weight
+        self.bias = linear.bias if kind == "linear" else None
+
+    def forward(self, z: Tensor) -> list[Tensor]:
+        """(B, D) to a list of H logits (B, K)."""
+        if self.bias is None:
+            logits = F.linear(F.normalize(z, dim=1), F.normalize(self.weight, dim=1)) / self.temperature
+        else:
+            logits = F.linear(z, self.weight, self.bias)
+        return list(logits.split(self.num_clusters, dim=1))
+
+    @torch.no_grad()
+    def set_prototypes(self, head: int, centroids: Tensor, scale: float = 1.0) -> None:
+        """Makes (K, D) unit centroids the weights of one sub-head.
+
+        `scale` is the typical norm of a feature: a linear sub-head divides by it to begin near the cosine's logits.
+        """
+        rows = slice(head * self.num_clusters, (head + 1) * self.num_clusters)
+        if self.bias is None:
+            self.weight[rows] = centroids
+        else:
+            self.weight[rows] = centroids / (self.temperature * scale)
+            self.bias[rows] = 0
+
+    def init_kmeans(self, features: Tensor, *, num_restarts: int = 3, group: Any = None) -> None:
+        """Spherical k-means of the bank's features (n, D), drawn anew for each sub-head, becomes the weights."""
+        scale = float(features.norm(dim=1).mean())
+        for head in range(self.num_heads):
+            result = kmeans(
+                features, self.num_clusters, spherical=True, num_restarts=num_restarts, seed=head, num_iters=50, group=group
+            )
+            self.set_prototypes(head, result.centroids.to(self.weight), scale)
+
+    @torch.no_grad()
+    def copy_head(self, other: ClusterLayer, head: int) -> None:
+        """Takes one sub-head of another layer as all of this one's."""
+        rows = slice(head * other.num_clusters, (head + 1) * other.num_clusters)
+        self.weight.copy_(other.weight[rows].repeat(self.num_heads, 1))
+        if self.bias is not None and other.bias is not None:
+            self.bias.copy_(other.bias[rows].repeat(self.num_heads))

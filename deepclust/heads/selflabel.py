@@ -1,0 +1,86 @@
+"""Self-labelling: the clustering learns from its own confident predictions (SCAN, section 2.3; Sohn et al. 2020).
+
+The stage's EMA teacher labels the clean view and the student learns the strong view. The reference has no teacher on
+small data sets, which made good clusterings worse under small budgets; `trainer.ema=null` is that variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepclust.heads.base import Batch, Head, Output, Targets, View
+from deepclust.heads.layers import ClusterLayer
+from deepclust.ops.collectives import sum_over
+from deepclust.schema import Count, Fraction, Positive
+
+
+def confident_targets(
+    logits: Tensor, *, threshold: float = 0.99, balance: bool = True, group: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Hard labels and weights (SCAN, eq. 4 and its balanced cross entropy).
+
+    logits: (B, K). A sample counts if its largest probability is above `threshold`; with `balance` each label present
+    gets the same total weight over all ranks. Returns labels (B,) int64 and weights (B,) whose mean over the rows of
+    all ranks is 1, or 0 where nobody is confident (the reference stops with an error there).
+    """
+    confidence, labels = logits.softmax(dim=1).max(dim=1)
+    weights = (confidence > threshold).to(logits.dtype)
+    if balance:
+        counts = sum_over(torch.zeros_like(logits[0]).index_add_(0, labels, weights), group)
+        weights = weights / counts.clamp_min(1)[labels]
+    total = sum_over(torch.stack([weights.sum(), weights.new_tensor(float(len(weights)))]), group)
+    return labels, weights * (total[1] / total[0].clamp_min(1e-12))
+
+
+class SelfLabel(Head):
+    """One cluster layer, taken over from the stage before."""
+
+    def __init__(
+        self,
+        dim: Count,
+        num_clusters: Count,
+        *,
+        threshold: Fraction = 0.99,
+        balance: bool = True,
+        kind: Literal["linear", "cosine"] = "linear",
+        temperature: Positive = 0.1,
+        target_view: str = "clean",
+        loss_view: str = "strong",
+    ) -> None:
+        super().__init__()
+        self.views = (View(target_view, used_for="targets"), View(loss_view, used_for="loss"))
+        self.threshold = threshold
+        self.balance = balance
+        self.layer = ClusterLayer(dim, num_clusters, kind=kind, temperature=temperature)
+
+    def init_from(self, previous: Head) -> None:
+        """Takes over the sub-head that the previous stage kept."""
+        layer = getattr(previous, "layer", None)
+        if isinstance(layer, ClusterLayer):
+            self.layer.copy_head(layer, int(previous.best))
+
+    def forward(self, z: Tensor, view: int) -> Output:
+        """(B, D) to logits (B, K)."""
+        return Output(z, logits=self.layer(z))
+
+    def targets(self, outputs: Mapping[int, Output], batch: Batch) -> Targets:
+        """Labels and weights of the whole macro batch over all ranks."""
+        labels, weights = confident_targets(
+            outputs[0].logits[0], threshold=self.threshold, balance=self.balance, group=batch.group
+        )
+        return Targets(labels=labels, weights=weights)
+
+    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
+        """Weighted cross entropy; 0 where nothing was confident."""
+        each = F.cross_entropy(outputs[1].logits[0], targets["labels"], reduction="none")
+        selected = (targets["weights"] > 0).float().mean()
+        return {"loss": (each * targets["weights"]).mean(), "selected": selected}
+
+    def predict(self, z: Tensor) -> Tensor:
+        """(B, D) to (B, K) probabilities."""
+        return self.layer(z)[0].softmax(dim=1)

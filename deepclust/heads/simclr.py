@@ -1,0 +1,69 @@
+"""SimCLR: contrastive pretext (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations").
+
+Negatives are the other images of the micro batch of all ranks. `one_sided=True` is the variant of the SCAN reference,
+where only the first view's embeddings are anchors; the paper (and the default) takes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepclust.heads.base import Batch, Head, Output, Targets, View
+from deepclust.ops.collectives import gather_rows
+from deepclust.schema import Count, Positive
+
+
+def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, one_sided: bool = False, group: Any = None) -> Tensor:
+    """Normalised temperature-scaled cross entropy (SimCLR, eq. 1), mean over this rank's anchors.
+
+    first, second: (B, E) embeddings of two views of the same images, normalised here. Candidates of an anchor are the
+    2B - 1 other embeddings of all ranks, its positive among them. Returns a scalar.
+    """
+    num = len(first)
+    mine = F.normalize(torch.cat([first, second]), dim=1)
+    candidates, offset = gather_rows(mine, group)
+    anchors = mine[:num] if one_sided else mine
+    rows = torch.arange(len(anchors), device=mine.device)
+    similarity = anchors @ candidates.T / temperature
+    itself = F.one_hot(offset + rows, len(candidates)).bool()
+    return F.cross_entropy(similarity.masked_fill(itself, float("-inf")), offset + (rows + num) % (2 * num))
+
+
+class SimCLR(Head):
+    """Projector and NT-Xent loss. The embedding is the projector's output; it predicts no clusters."""
+
+    def __init__(
+        self,
+        dim: Count,
+        *,
+        hidden_dim: Count = 256,
+        embedding_dim: Count = 64,
+        batch_norm: bool = True,
+        temperature: Positive = 0.3,
+        one_sided: bool = False,
+        view: str = "simclr",
+    ) -> None:
+        super().__init__()
+        self.views = (View(view, used_for="loss"), View(view, used_for="loss"))
+        self.temperature = temperature
+        self.one_sided = one_sided
+        norm: nn.Module = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
+        self.projector = nn.Sequential(
+            nn.Linear(dim, hidden_dim, bias=not batch_norm), norm, nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim)
+        )
+
+    def forward(self, z: Tensor, view: int) -> Output:
+        """(B, D) to an embedding (B, E), not normalised."""
+        return Output(z, self.projector(z))
+
+    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
+        """NT-Xent over the two views."""
+        first, second = outputs[0].embedding, outputs[1].embedding
+        assert first is not None and second is not None
+        loss = nt_xent(first, second, temperature=self.temperature, one_sided=self.one_sided, group=batch.group)
+        return {"loss": loss}

@@ -1,0 +1,229 @@
+"""A backbone with a head: as it is trained (`Network`), and as it is used afterwards (`Clusterer`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepclust.errors import UserError
+from deepclust.heads.base import Head, Output
+
+FORMAT = 1
+
+
+class Network(nn.Module):
+    """Backbone and head. A backbone without trainable parameters runs in eval mode and without gradient."""
+
+    def __init__(self, backbone: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    @property
+    def backbone_frozen(self) -> bool:
+        """Whether no parameter of the backbone is trained."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def train(self, mode: bool = True) -> Network:
+        """Training mode; a frozen backbone stays in eval mode, so that its batch statistics do not move."""
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def features(self, images: Tensor, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
+        """(B, C, H, W) to (B, D) float32."""
+        if images.device.type == "cuda" or images.shape[1] > 1:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast or nullcontext(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
+            return self.backbone(images).float()
+
+    def outputs(self, views: Mapping[int, Tensor], autocast: AbstractContextManager[Any] | None = None) -> dict[int, Output]:
+        """The head's output of each view. Views of one resolution go through the backbone in one call."""
+        outputs: dict[int, Output] = {}
+        for shape in dict.fromkeys(view.shape[1:] for view in views.values()):
+            numbers = [number for number, view in views.items() if view.shape[1:] == shape]
+            z = self.features(torch.cat([views[number] for number in numbers]), autocast)
+            for number, part in zip(numbers, z.split([len(views[number]) for number in numbers])):
+                outputs[number] = self.head(part, number)
+        return outputs
+
+    @torch.no_grad()
+    def follow(self, student: Network, decay: float) -> None:
+        """Moves towards the student: theta <- decay theta + (1 - decay) theta_student; buffers are copied."""
+        for mine, theirs in zip(self.parameters(), student.parameters()):
+            mine.lerp_(theirs.to(mine.dtype), 1 - decay)
+        own = {f"head.{name}" for name in self.head.training_buffers}
+        for (name, mine), theirs in zip(self.named_buffers(), student.buffers()):
+            if name not in own:
+                mine.copy_(theirs)
+
+    @torch.no_grad()
+    def average_batch_statistics(self, group: Any) -> None:
+        """Makes the running statistics of every BatchNorm the mean over ranks, so that ranks stay one model."""
+        if group is None:
+            return
+        layers = [part for part in self.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        tensors = [t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None]
+        if tensors:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part)
+
+
+class Clusterer:
+    """A trained model: images in, clusters out. It holds no training state.
+
+    spec: plain JSON from which it is rebuilt: `backbone` and `head` (nodes with `_target_`), `clean` (a view's
+    operations), `size`, `channels`, `mean`, `std`, `num_clusters`.
+
+    Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C, H, W); as a path to
+    an image or a folder; as a list of paths; or as an `ImageSet`.
+    """
+
+    def __init__(self, network: Network, spec: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        from deepclust.data.views import ViewTransform
+
+        self.spec = dict(spec)
+        self.device = torch.device(device)
+        self.network = network.to(self.device).eval()
+        self.view = ViewTransform(self.spec["clean"], self.spec["size"], self.spec["mean"], self.spec["std"])
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return int(self.spec["num_clusters"])
+
+    def transform(self, images: Any, batch_size: int = 256) -> np.ndarray:
+        """(N, D) float32 features."""
+        return self._apply(images, batch_size, self.network.features)
+
+    def predict_proba(self, images: Any, batch_size: int = 256) -> np.ndarray:
+        """(N, K) float32 probabilities; a row's largest is the confidence."""
+        return self._apply(images, batch_size, self.probabilities)
+
+    def predict(self, images: Any, batch_size: int = 256) -> np.ndarray:
+        """(N,) int64 clusters."""
+        return self.predict_proba(images, batch_size).argmax(1)
+
+    @torch.no_grad()
+    def probabilities(self, view: Tensor) -> Tensor:
+        """(B, C, H, W) clean view to (B, K) probabilities."""
+        return self.network.head.predict(self.network.features(view))
+
+    @torch.no_grad()
+    def _apply(self, images: Any, batch_size: int, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        parts = [function(self._view(pixels)).cpu() for pixels in self._batches(images, batch_size)]
+        return torch.cat(parts).numpy()
+
+    def _view(self, pixels: Tensor) -> Tensor:
+        return self.view.batch(pixels.to(self.device), torch.zeros(len(pixels), dtype=torch.int64, device=self.device))
+
+    def _batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
+        """(b, C, H, W) uint8 with this model's number of channels."""
+        from deepclust.data.arrays import as_images
+        from deepclust.data.image_set import ImageSet
+
+        if isinstance(images, ImageSet):
+            for start in range(0, len(images), batch_size):
+                yield torch.stack([images.read(row) for row in range(start, min(start + batch_size, len(images)))])
+        elif isinstance(images, str | Path) or (isinstance(images, Sequence) and isinstance(images[0], str | Path)):
+            paths = image_paths(images)
+            for start in range(0, len(paths), batch_size):
+                yield torch.stack([self.read(path) for path in paths[start : start + batch_size]])
+        else:
+            for part in with_channels(as_images(images), self.spec["channels"]).split(batch_size):
+                yield part
+
+    def read(self, path: str | Path) -> Tensor:
+        """(C, H, W) uint8 of an image file, sized for this model; raises UnreadableImage naming the file."""
+        from deepclust.data.images import decode
+
+        return torch.from_numpy(decode(path, self.spec["size"], self.spec["channels"]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file: weights, and the spec as its metadata."""
+        from safetensors.torch import save
+
+        from deepclust.run_folder import write_atomic
+
+        training = {f"head.{name}" for name in self.network.head.training_buffers}
+        weights = {n: t.contiguous().cpu() for n, t in self.network.state_dict().items() if n not in training}
+        metadata = {"deepclust": json.dumps({"format": FORMAT, **self.spec})}
+        write_atomic(Path(path), save(weights, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()) -> Clusterer:
+        """Reads what `save` wrote; a run folder stands for the model in it. Raises UserError if it is no such file."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                spec = json.loads((file.metadata() or {}).get("deepclust", "null"))
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}. Give a run folder or model.safetensors") from None
+        if spec is None or spec.get("format", 0) > FORMAT:
+            raise UserError(f"{path} was not written by this version of deepclust; update deepclust, or train again")
+        network = build_network(spec["backbone"], spec["head"], spec, trust=trust)
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+        missing = set(missing) - {f"head.{name}" for name in network.head.training_buffers}
+        if missing or unexpected:
+            raise UserError(f"{path} does not fit its own description: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+        return cls(network, spec, device)
+
+
+def build_network(
+    backbone: Mapping[str, Any],
+    head: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    *,
+    num_samples: int = 2,
+    pretrained: bool = False,
+    trust: Sequence[str] = (),
+) -> Network:
+    """Backbone and head from their `_target_` nodes. sizes: `channels`, `size`, `num_clusters`.
+
+    `pretrained=False` leaves out the fetching of pretrained weights: they are about to be overwritten.
+    """
+    from deepclust.config import build
+
+    node = dict(backbone)
+    if not pretrained and "pretrained" in node:
+        node.update(pretrained=False, weights=None)
+    body = build(node, trust=trust, in_channels=sizes["channels"], image_size=sizes["size"])
+    top = build(head, trust=trust, dim=body.num_features, num_clusters=sizes["num_clusters"], num_samples=num_samples)
+    return Network(body, top)
+
+
+def image_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Image files of a folder (in natural order), a file, or a list of files."""
+    from deepclust.data.folders import list_folder
+
+    if not isinstance(images, str | Path):
+        return [Path(path) for path in images]
+    if not Path(images).is_dir():
+        return [Path(images)]
+    listing = list_folder(str(images))
+    return [listing.root / path for path in listing.paths]
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """(N, C, H, W) uint8 to the given number of channels: grey is repeated, colour becomes its luma (ITU-R 601)."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True).round().to(torch.uint8)

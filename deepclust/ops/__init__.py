@@ -1,0 +1,61 @@
+"""The mathematics shared by the methods: k-means, optimal transport, neighbours, whitening. Names load when first used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepclust.ops.kmeans.estimator import KMeans
+    from deepclust.ops.kmeans.fit import kmeans
+    from deepclust.ops.neighbors import knn
+    from deepclust.ops.transport import (
+        mass_schedule,
+        partial_transport,
+        self_label,
+        semantic_partial_transport,
+        sinkhorn,
+    )
+    from deepclust.ops.whiten import pca_whiten
+
+_HOMES = {
+    "KMeans": "kmeans.estimator",
+    "kmeans": "kmeans.fit",
+    "knn": "neighbors",
+    "mass_schedule": "transport",
+    "partial_transport": "transport",
+    "pca_whiten": "whiten",
+    "self_label": "transport",
+    "semantic_partial_transport": "transport",
+    "sinkhorn": "transport",
+}
+__all__ = [
+    "KMeans",
+    "kmeans",
+    "knn",
+    "mass_schedule",
+    "partial_transport",
+    "pca_whiten",
+    "self_label",
+    "semantic_partial_transport",
+    "sinkhorn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Ops(ModuleType):
+    """Keeps `ops.kmeans` the function: importing the folder of that name would otherwise put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Ops

@@ -1,0 +1,108 @@
+"""Lloyd's iterations: assign, average, mend empty clusters, stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deepclust.ops.kmeans.ranks import draw
+from deepclust.ops.kmeans.rows import Rows
+from deepclust.ops.kmeans.step import inertia_of, lloyd_step
+
+log = logging.getLogger("deepclust")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop obeys; see `kmeans` for the meaning."""
+
+    num_iters: int
+    tol: float
+    empty: str
+    seed: int
+    chunk_size: int
+    on_iteration: Callable[[int], None] | None = None
+
+
+@dataclass
+class Run:
+    """One finished run: `labels` are the nearest of `centroids`, `inertia` and `counts` belong to both."""
+
+    centroids: Tensor
+    labels: Tensor
+    inertia: float
+    num_iters: int
+    counts: Tensor
+    num_empty: int
+
+
+def lloyd(rows: Rows, centroids: Tensor, settings: Settings) -> Run:
+    """Iterates from `centroids` (K, D) until they move by no more than the tolerance or the iterations are used up."""
+    labels = torch.empty(rows.num, dtype=torch.int64, device=rows.device)
+    if rows.spherical:
+        centroids = F.normalize(centroids, dim=1)
+    generator = torch.Generator().manual_seed(settings.seed)
+    iteration, num_empty, settled = 0, 0, False
+    while iteration < settings.num_iters and not settled:
+        packed = lloyd_step(rows, centroids, labels, settings.chunk_size)
+        iteration += 1
+        empty = int((packed[:, -1] <= 0).sum())
+        moved = _move(rows, packed, centroids, settings, generator)
+        # One tensor carries rank 0's decision and its centroids.
+        decision = torch.cat([moved.flatten(), _travelled(rows, moved, centroids, settings.tol).reshape(1)])
+        rows.ranks.broadcast(decision)
+        centroids, settled = decision[:-1].view_as(centroids).clone(), bool(decision[-1] == 1)
+        num_empty += empty
+        if settings.on_iteration is not None:
+            settings.on_iteration(iteration)
+    still = settled and settings.tol == 0
+    if not still:
+        lloyd_step(rows, centroids, labels, settings.chunk_size)
+    inertia, counts = inertia_of(rows, centroids, labels)
+    if num_empty:
+        log.info("k-means: %d empty clusters met in %d iterations (empty=%s)", num_empty, iteration, settings.empty)
+    return Run(centroids, labels, inertia, iteration, counts, num_empty)
+
+
+def _travelled(rows: Rows, moved: Tensor, centroids: Tensor, tol: float) -> Tensor:
+    """1 where the centroids moved, in all, by no more than `tol` times the mean variance of a feature, else 0."""
+    distance = (moved - centroids).double().square().sum()
+    return (distance <= tol * rows.spread / max(rows.dim, 1)).to(moved.dtype)
+
+
+def _move(rows: Rows, packed: Tensor, centroids: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    """Means of the clusters (K, D); a cluster without rows is mended as `settings.empty` says."""
+    sums, counts = packed[:, :-1], packed[:, -1]
+    filled = counts > 0
+    means = torch.where(filled[:, None], sums / counts.clamp_min(1e-300)[:, None], centroids.double())
+    if rows.spherical:
+        # A direction that cancels out leaves no mean; its centroid stays.
+        norms = torch.linalg.vector_norm(means, dim=1, keepdim=True)
+        means = torch.where(norms > 1e-12, means / norms, centroids.double())
+    moved = means.to(rows.dtype)
+    if settings.empty == "keep" or bool(filled.all()):
+        return moved
+    if settings.empty == "random":
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        moved[~filled] = rows.take(draw(rows.total, int((~filled).sum()), seed, rows.device))
+    else:
+        _split(rows, moved, counts.clone(), generator)
+    return F.normalize(moved, dim=1) if rows.spherical else moved
+
+
+def _split(rows: Rows, moved: Tensor, counts: Tensor, generator: torch.Generator) -> None:
+    """Puts every empty cluster's centroid beside that of the heaviest cluster, in place; the next pass shares its rows.
+
+    The heavy centroid stays where it is, so no row gets further from its nearest one: the objective cannot rise.
+    """
+    step = 2.0**-5 * (rows.spread / max(rows.dim, 1)) ** 0.5 if not rows.spherical else 2.0**-5 * rows.dim**-0.5
+    for cluster in torch.nonzero(counts <= 0).flatten().tolist():
+        heavy = int(torch.argmax(counts))
+        signs = torch.randint(0, 2, (rows.dim,), generator=generator).mul_(2).sub_(1).to(moved)
+        moved[cluster] = moved[heavy] + step * signs
+        counts[cluster] = counts[heavy] = counts[heavy] / 2

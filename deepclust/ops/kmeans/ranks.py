@@ -1,0 +1,59 @@
+"""What k-means needs from a process group. Without a group every call is free."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """One process group, or this process alone (`group=None`).
+
+    Rank 0 of the group decides, the others follow: decisions made from equal numbers could still differ
+    between unlike processors, and a rank that stops alone leaves the others waiting.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """Largest of one integer per rank."""
+        return max(self.gather(value))
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank, in place."""
+        if self.group is not None:
+            dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """One small object per rank, in rank order."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def offset(self, num_rows: int) -> tuple[int, int]:
+        """(global index of this rank's first row, rows of all ranks)."""
+        counts = self.gather(num_rows)
+        return sum(counts[: self.rank]), sum(counts)
+
+
+def draw(total: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """`count` distinct indices below `total`, sorted, the same on every rank; the global generators stay untouched."""
+    import numpy as np
+
+    chosen = np.random.default_rng(seed).choice(total, size=count, replace=False, shuffle=False)
+    return torch.from_numpy(np.sort(chosen)).to(device)

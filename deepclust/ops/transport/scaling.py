@@ -1,0 +1,222 @@
+"""Matrix scaling exp(sharpness * benefit) -> diag(a) . diag(b) that neither overflows nor underflows.
+
+A cluster's scale b is split: the bulk of its logarithm is absorbed into the stored kernel, the rest multiplies it. Every
+row of the kernel is divided by its largest entry. The kernel is rebuilt when the rest grows, which gives what a
+logarithmic domain gives at the price of two matrix-vector products a round (Schmitzer 2019, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepclust.ops.transport.shared import all_max, all_sum, wide
+
+CHUNK_BYTES = 1_048_576  # of the kernel worked on at a time on a CPU, so that a round reads memory once
+EASY_RANGE = 50.0  # of sharpness * benefit in a row: there scales of 1 are a good start
+MEMORY = 8  # differences that Anderson's mixing keeps
+
+
+def chunk_rows(num_clusters: int, device: torch.device) -> int:
+    """Rows of a (rows, K) float64 chunk; a GPU takes all rows it can hold at once."""
+    budget = CHUNK_BYTES if device.type == "cpu" else 256 * CHUNK_BYTES
+    return max(1, budget // (8 * max(1, num_clusters)))
+
+
+class Kernel:
+    """exp(sharpness * benefit), rows of this rank, in chunks.
+
+    chunks: a callable giving a fresh iterator of (rows, K) benefits (log-probabilities, minus costs), row order fixed;
+    at least one chunk, which may have no rows. keep: store the kernel as (n, K) float64, else make it anew every round
+    (memory for one chunk). After `shares` the fields `log_rows` (n,) and `log_virtual` describe that round.
+    """
+
+    def __init__(self, chunks: Callable[[], Iterable[Tensor]], keep: bool, group: Any, name: str) -> None:
+        self.chunks, self.keep, self.group = chunks, keep, group
+        self.sharpness = 1.0
+        self._survey(name)
+        self.log_rows = torch.zeros(self.num_rows, dtype=self.dtype, device=self.device)
+        self.log_virtual = 0.0
+        self.absorbed = torch.zeros(self.num_clusters, dtype=self.dtype)
+        self.stored: list[tuple[Tensor, Tensor]] = []
+
+    def _survey(self, name: str) -> None:
+        """One pass: sizes over all ranks, the largest range within a row, and whether all is finite."""
+        rows, clusters, spread, bad = 0, 0, 0.0, []
+        self.device, self.dtype = torch.device("cpu"), torch.float64
+        for chunk in self.chunks():
+            self.device, self.dtype = chunk.device, wide(chunk[:0]).dtype
+            clusters = chunk.shape[1]
+            if chunk.numel():
+                ranges = wide(chunk.amax(1)) - wide(chunk.amin(1))
+                bad += ((~ranges.isfinite()).nonzero().flatten()[:5] + rows).tolist()
+                spread = max(spread, float(ranges.nan_to_num(posinf=0.0).amax()))
+            rows += len(chunk)
+        facts = all_max(torch.tensor([clusters, spread, len(bad)], dtype=self.dtype, device=self.device), self.group)
+        if facts[2] > 0:
+            raise ValueError(f"{name}: NaN or infinite values; first bad rows of this rank: {bad[:5]}")
+        self.num_rows, self.num_clusters, self.range = rows, int(facts[0]), float(facts[1])
+        self.total = int(all_sum(torch.tensor([rows], device=self.device), self.group))
+        if self.total == 0 or self.num_clusters == 0:
+            raise ValueError(f"{name}: {self.total} samples and {self.num_clusters} clusters; there must be both")
+
+    def _build(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(kernel (rows, K) with row maximum 1, log of what each row was divided by (rows,)) chunk by chunk."""
+        absorbed = self.absorbed.to(self.device)
+        for chunk in self.chunks():
+            kernel = wide(chunk) * self.sharpness
+            kernel += absorbed
+            row_max = kernel.amax(1) if len(chunk) else kernel.new_zeros(0)
+            yield kernel.sub_(row_max[:, None]).exp_(), row_max
+
+    def absorb(self, log_scale: Tensor, sharpness: float) -> None:
+        """Moves the clusters' scales into the kernel: from here on exp(sharpness * benefit + log_scale)."""
+        self.absorbed, self.sharpness = log_scale.clone(), sharpness
+        self.stored = list(self._build()) if self.keep else []
+
+    def parts(self, log_scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(rows, kernel, row_max, scale (K,)) by chunk, kernel * scale being the kernel under `log_scale`."""
+        # a quarter of the exponent's range: three such factors may meet in one product
+        if not self.keep or (log_scale - self.absorbed).abs().amax() > 0.25 * math.log(torch.finfo(self.dtype).max):
+            self.absorb(log_scale, self.sharpness)
+        scale = (log_scale - self.absorbed).exp().to(self.device)
+        start = 0
+        for kernel, row_max in self.stored if self.keep else self._build():
+            yield slice(start, start + len(kernel)), kernel, row_max, scale
+            start += len(kernel)
+
+    def shares(self, log_scale: Tensor, mass: float = 1.0) -> Tensor:
+        """(K,) float64 on the CPU: each cluster's share once the rows are scaled, summing to `mass`.
+
+        Row sums are 1 (over the real and the virtual cluster, if mass < 1). The virtual cluster's scale is the one
+        that makes the real clusters' total exactly `mass`: it is solved for, not iterated.
+        """
+        sums = torch.zeros(self.num_clusters, dtype=self.dtype, device=self.device)
+        if mass < 1:
+            for rows, kernel, row_max, scale in self.parts(log_scale):
+                self.log_rows[rows] = (kernel @ scale).log_() + row_max
+            self.log_virtual = self._solve_virtual(mass)
+        for rows, kernel, row_max, scale in self.parts(log_scale):
+            if mass < 1:
+                weights = (row_max - torch.logaddexp(self.log_rows[rows], self._virtual())).exp_()
+            else:
+                row_sums = kernel @ scale
+                weights = row_sums.reciprocal()
+                self.log_rows[rows] = row_sums.log_() + row_max
+            sums.addmv_(kernel.T, weights)
+        scale = (log_scale - self.absorbed).exp().to(self.device)
+        return all_sum(sums * scale / self.total, self.group).cpu().double()
+
+    def _virtual(self) -> Tensor:
+        return self.log_rows.new_tensor(self.log_virtual)
+
+    def _solve_virtual(self, mass: float) -> float:
+        """y with mean sigmoid(y - log_rows) = 1 - mass: Newton on the log odds, inside a shrinking bracket."""
+        odds = math.log1p(-mass) - math.log(mass)
+        ends = self.log_rows.new_tensor([-torch.inf, -torch.inf])
+        if self.num_rows:
+            ends = torch.stack([self.log_rows.amax(), -self.log_rows.amin()])
+        ends = all_max(ends, self.group).tolist()
+        low, high = odds - ends[1], odds + ends[0]
+        y = min(max(self.log_virtual, low), high)
+        for _ in range(100):
+            virtual = torch.sigmoid(y - self.log_rows)
+            sums = all_sum(torch.stack([virtual.sum(), (virtual * (1 - virtual)).sum()]), self.group) / self.total
+            share, slope = sums.tolist()
+            low, high = (low, y) if share > 1 - mass else (y, high)
+            if abs(share - (1 - mass)) < 1e-14 or high - low <= 1e-15 * max(abs(low), abs(high)):
+                break
+            newton = math.nan
+            if slope > 0 and 0 < share < 1:
+                newton = y - (math.log(share) - math.log1p(-share) - odds) * share * (1 - share) / slope
+            y = newton if low < newton < high else 0.5 * (low + high)
+        return y
+
+
+class Mixing:
+    """Anderson's extrapolation of a fixed-point iteration x -> x + step (Walker and Ni 2011, type II)."""
+
+    def __init__(self) -> None:
+        self.points: list[Tensor] = []
+        self.steps: list[Tensor] = []
+
+    def next(self, x: Tensor, step: Tensor) -> Tensor:
+        """(K,) the next point; with no history, the plain x + step."""
+        self.points = [*self.points[-MEMORY:], x + step]
+        self.steps = [*self.steps[-MEMORY:], step]
+        if len(self.steps) == 1:
+            return self.points[-1]
+        step_changes = torch.stack(self.steps, 1).diff(dim=1)
+        point_changes = torch.stack(self.points, 1).diff(dim=1)
+        normal = step_changes.T @ step_changes
+        normal.diagonal().add_(1e-10 * normal.diagonal().amax() + torch.finfo(normal.dtype).tiny)
+        return self.points[-1] - point_changes @ torch.linalg.solve(normal, step_changes.T @ step)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Scales (K,) on the CPU, the shares (K,) they give, rounds used, and what is left of the violation."""
+
+    log_scale: Tensor
+    shares: Tensor
+    num_iters: int
+    violation: float
+
+
+def balance(
+    kernel: Kernel,
+    sharpness: float,
+    log_target: Tensor,
+    *,
+    exponent: float = 1.0,
+    mass: float = 1.0,
+    tol: float,
+    max_iters: int,
+    log_scale: Tensor | None = None,
+) -> Balance:
+    """Scales under which the clusters' shares meet their targets (exponent 1) or give way to them (exponent < 1).
+
+    log_target: (K,) logarithms of shares that sum to `mass`. exponent: kl_weight / (kl_weight + epsilon). violation:
+    the share of the mass that one more update would move. Without a given `log_scale` the sharpness is raised in
+    steps, each starting from the scales of the one before: far fewer rounds where the kernel spans many decades.
+    """
+    levels = [sharpness]
+    if log_scale is None:
+        steps = math.ceil(math.log(max(1.0, kernel.range * sharpness / EASY_RANGE), 4))
+        levels = [sharpness / 4**step for step in range(min(steps, 16), -1, -1)]
+    log_scale = torch.zeros_like(log_target) if log_scale is None else log_scale
+    rounds = 0
+    result = Balance(log_scale, log_target.exp(), 0, math.inf)
+    for previous, level in zip([levels[0], *levels], levels):
+        last = level == sharpness
+        start = result.log_scale * (level / previous)
+        kernel.absorb(start, level)
+        left = max_iters - rounds if last else min(20, max_iters - rounds - 1)
+        result = _rounds(kernel, start, log_target, exponent, mass, tol if last else max(tol, 1e-2), left)
+        rounds += result.num_iters
+    return Balance(result.log_scale, result.shares, rounds, result.violation)
+
+
+def _rounds(
+    kernel: Kernel, log_scale: Tensor, log_target: Tensor, exponent: float, mass: float, tol: float, max_iters: int
+) -> Balance:
+    tiny = torch.finfo(torch.float64).tiny
+    mixing, best = Mixing(), math.inf
+    for round_number in range(1, max_iters + 1):
+        shares = kernel.shares(log_scale, mass)
+        step = exponent * (log_target - shares.clamp_min(tiny).log() + log_scale) - log_scale
+        # a common factor of all scales changes no plan: take the one under which the update keeps the mass
+        step -= torch.logsumexp(shares.clamp_min(tiny).log() + step, 0) - math.log(mass)
+        violation = float((shares * step.expm1()).abs().sum()) / mass
+        if violation <= tol or round_number == max_iters:
+            break
+        if violation > 2 * best:  # an extrapolation led astray: forget, and take a plain step
+            mixing, best = Mixing(), violation
+        best = min(best, violation)
+        log_scale = mixing.next(log_scale, step)
+    return Balance(log_scale, shares, round_number, violation)

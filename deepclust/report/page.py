@@ -1,0 +1,236 @@
+"""The report: one HTML page that needs nothing beside itself and no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepclust.report.gallery import Gallery, galleries_html
+from deepclust.report.plots import curve, size_bars
+from deepclust.run_folder import write_atomic
+
+BASELINES = {
+    "kmeans": "k-means",
+    "gmm": "Gaussian mixture",
+    "spectral": "Spectral",
+    "tsne_gmm": "t-SNE + mixture",
+    "pixels": "k-means on pixels",
+}
+SHARES = {
+    "acc": "ACC",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "macro_acc": "Macro ACC",
+    "macro_f1": "Macro F1",
+    "majority_acc": "Majority ACC",
+    "neighbor_agreement": "Agreement",
+    "mean_confidence": "Confidence",
+    "silhouette": "Silhouette",
+    "size_entropy": "Size entropy",
+    "churn": "Churn",
+    "knn_probe": "kNN probe",
+    "linear_probe": "Linear probe",
+}
+"""Figures that are fractions, shown in %, in the order of the columns."""
+MAIN = ("acc", "nmi", "ari", "neighbor_agreement", "mean_confidence", "clusters_used", "seconds")
+SKIPPED_SHOWN = 200
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    summary: Mapping[str, Any],
+    galleries: Sequence[tuple[Any, ...]] = (),
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    notes: Sequence[str] = (),
+    skipped: Sequence[str] = (),
+    commands: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Writes the page to `path`, whole or not at all.
+
+    summary: as in summary.json: `stages` and `baselines` {name: figures}, `kept_stage`, `why`, `num_images`,
+    `num_clusters`, `seconds`, `peak_memory_mb`; what is missing is left out. A stage may say what its clusters are read
+    by (`reads`) and hold the figures of held-out images (`test`); a baseline may be None or say why it `failed`, and on
+    how many `samples` it was fitted. galleries: `Gallery`, or tuples of its first five fields. curves: name to (steps,
+    values). notes: what a reader has to know. skipped: a line for each image left out. commands: (what it does, the
+    command); by default how to load the model.
+    Every text is escaped. Raises FolderError where the page cannot be written.
+    """
+    path = Path(path)
+    shown = [Gallery(*gallery) for gallery in galleries]
+    sections = [
+        _section("Results", _results(summary)),
+        _section("Notes", _list(notes)),
+        _section("Cluster sizes", size_bars([(g.cluster, g.size) for g in shown]) if shown else ""),
+        _section("Clusters", galleries_html(shown) if shown else ""),
+        _section("Training", "".join(curve(name, *values) for name, values in (curves or {}).items()), "curves"),
+        _section("Images left out", _skipped(skipped)),
+        _section("Use the model", _commands(commands or _default_commands(path.parent))),
+    ]
+    style = files("deepclust.report").joinpath("style.css").read_text(encoding="utf-8")
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<header><h1>{escape(title)}</h1>{_headline(summary)}</header>\n"
+        f"<main>\n{''.join(sections)}</main>\n<footer>Made by deepclust.</footer>\n</body>\n</html>\n"
+    )
+    write_atomic(path, page)
+
+
+def _section(title: str, body: str, kind: str = "") -> str:
+    """A titled section; nothing where there is nothing to show."""
+    if not body:
+        return ""
+    name = title.lower().replace(" ", "-")
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2><div class="{kind}">{body}</div></section>\n'
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    """The figures to see first: those of the stage that was kept, then what the run took."""
+    kept = (summary.get("stages") or {}).get(summary.get("kept_stage"), {})
+    figures = [("Images", summary.get("num_images")), ("Clusters", summary.get("num_clusters"))]
+    cards = [(label, f"{value:,}") for label, value in figures if value is not None]
+    cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("acc", "nmi", "ari")]
+    cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("neighbor_agreement", "mean_confidence")]
+    cards += [("Time", _figure("seconds", summary.get("seconds")))]
+    memory = summary.get("peak_memory_mb")
+    cards += [("Memory", f"{memory:,.0f}<small> MB</small>")] if memory is not None else []
+    items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in cards if value)
+    return f'<dl class="headline">{items}</dl>' if items else ""
+
+
+def _figure(key: str, value: Any) -> str:
+    """A figure as text; empty where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return ""
+    if key in SHARES:
+        return f"{100 * value:.1f}<small> %</small>"
+    if key == "seconds":
+        return f"{value:.1f}<small> s</small>" if value < 100 else f"{value / 60:.1f}<small> min</small>"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+class Row(NamedTuple):
+    """A line of the results table. note: what the name leaves open. failed: why there are no figures."""
+
+    name: str
+    figures: Mapping[str, Any]
+    note: str = ""
+    kept: bool = False
+    failed: str = ""
+
+
+def _stage_rows(summary: Mapping[str, Any]) -> list[Row]:
+    """Stages as they were trained, each followed by its figures on held-out images where there are any."""
+    rows = []
+    for name, figures in (summary.get("stages") or {}).items():
+        rows.append(Row(name, figures, str(figures.get("reads", "")), name == summary.get("kept_stage")))
+        if figures.get("test"):
+            rows.append(Row(name, figures["test"], "held-out images"))
+    return rows
+
+
+def _baseline_rows(summary: Mapping[str, Any]) -> list[Row]:
+    """Baselines, with the size of the sample where it was not everything."""
+    rows, num_images = [], summary.get("num_images")
+    for name, figures in (summary.get("baselines") or {}).items():
+        figures = figures or {"failed": "not available"}
+        samples = figures.get("samples")
+        note = f"{samples:,} images" if samples is not None and samples != num_images else ""
+        rows.append(Row(BASELINES.get(name) or name, figures, note, failed=str(figures.get("failed", ""))))
+    return rows
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    """The table of stages beside baselines, why a stage was kept, and every other figure folded away."""
+    stages, baselines = _stage_rows(summary), _baseline_rows(summary)
+    columns = [key for key in MAIN if any(_figure(key, row.figures.get(key)) for row in [*stages, *baselines])]
+    if not columns:
+        return ""
+    remarks = {
+        "neighbor_agreement": "Agreement: neighbours in the first stage's features that share a cluster, above chance.",
+        "acc": "Labels were read for ACC, NMI and ARI alone: they took no part in training or in any choice.",
+    }
+    words = [str(summary.get("why", "")), *(text for key, text in remarks.items() if key in columns)]
+    body = _group("Stages", stages, columns) + _group("Baselines on the first stage's features", baselines, columns)
+    return _table(columns, body) + "".join(f"<p>{escape(text)}</p>" for text in words if text) + _other_figures(stages)
+
+
+def _label(key: str) -> str:
+    return {"clusters_used": "Clusters in use", "seconds": "Time"}.get(key) or SHARES.get(key) or key.replace("_", " ")
+
+
+def _table(columns: Sequence[str], body: str) -> str:
+    heads = "".join(f'<th scope="col" role="columnheader">{escape(_label(key))}</th>' for key in columns)
+    head = f'<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Method</th>{heads}</tr></thead>'
+    return f'<table role="table" class="scores">{head}{body}</table>'
+
+
+def _group(title: str, rows: Sequence[Row], columns: Sequence[str]) -> str:
+    if not rows:
+        return ""
+    head = f'<tr role="row" class="group"><th colspan="99" scope="rowgroup" role="rowheader">{title}</th></tr>'
+    return f'<tbody role="rowgroup">{head}{"".join(_row(row, columns) for row in rows)}</tbody>'
+
+
+def _row(row: Row, columns: Sequence[str]) -> str:
+    """One method. A method without figures says why across the row."""
+    note = f' <span class="facts">{escape(row.note)}</span>' if row.note else ""
+    note += ' <span class="kept">kept</span>' if row.kept else ""
+    if row.failed:
+        cells = f'<td role="cell" class="failed" colspan="{len(columns)}">{escape(row.failed)}</td>'
+    else:
+        cells = "".join(_cell(_label(key), _figure(key, row.figures.get(key))) for key in columns)
+    kind = ' class="is-kept"' if row.kept else ""
+    return f'<tr role="row"{kind}><th scope="row" role="rowheader">{escape(row.name)}{note}</th>{cells}</tr>'
+
+
+def _cell(label: str, text: str) -> str:
+    kind = "" if text else ' class="none"'
+    return f'<td role="cell"{kind} data-label="{escape(label, quote=True)}">{text or "–"}</td>'
+
+
+def _other_figures(stages: Sequence[Row]) -> str:
+    """Every figure of the stages that the table has no room for."""
+    blocks = []
+    for row in stages:
+        rest = {key: _figure(key, value) for key, value in row.figures.items() if key not in MAIN}
+        items = "".join(
+            f"<div><dt>{escape(_label(key))}</dt><dd>{text}</dd></div>" for key, text in rest.items() if text
+        )
+        recall = row.figures.get("class_recall")
+        if isinstance(recall, Mapping):
+            parts = ", ".join(f"{escape(str(key))}: {100 * value:.1f} %" for key, value in recall.items())
+            items += f'<div class="wide"><dt>Recall by class</dt><dd>{parts}</dd></div>'
+        note = f' <span class="facts">{escape(row.note)}</span>' if row.note else ""
+        blocks += [f"<h3>{escape(row.name)}{note}</h3><dl>{items}</dl>"] if items else []
+    return f"<details><summary>All figures</summary>{''.join(blocks)}</details>" if blocks else ""
+
+
+def _list(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def _skipped(lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    count = f"<p>{len(lines):,} image{' was' if len(lines) == 1 else 's were'} left out.</p>"
+    more = f"<p>… and {len(lines) - SKIPPED_SHOWN:,} more.</p>" if len(lines) > SKIPPED_SHOWN else ""
+    return count + _list(lines[:SKIPPED_SHOWN]) + more
+
+
+def _default_commands(folder: Path) -> list[tuple[str, str]]:
+    model = (folder / "model.safetensors").as_posix()
+    code = f'from deepclust import Clusterer\n\nmodel = Clusterer.load("{model}")\nclusters = model.predict(images)'
+    return [("Cluster new images", code)]
+
+
+def _commands(commands: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"<p>{escape(what)}</p><pre><code>{escape(command)}</code></pre>" for what, command in commands)

@@ -1,0 +1,206 @@
+"""What a run leaves behind: each stage's clusters, the table beside the baselines, and the files of the run folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepclust.data.image_set import ImageData, ImageSet
+from deepclust.eval.label_free import better_stage, label_free_scores
+from deepclust.eval.metrics import clustering_scores
+from deepclust.eval.probes import knn_probe, linear_probe
+from deepclust.eval.baselines import baselines
+from deepclust.model import Network
+from deepclust.ops import knn
+from deepclust.run_folder import RunFolder
+from deepclust.settings import EvalSettings
+
+SCORES = ("acc", "nmi", "ari")
+
+
+@dataclass
+class Split:
+    """One stage on one set of images: features (N, D), clusters (N,), confidence (N,), rows (N,) of the image set."""
+
+    features: np.ndarray
+    clusters: np.ndarray
+    confidence: np.ndarray
+    rows: np.ndarray
+
+
+@dataclass
+class StageResult:
+    """A finished stage. `scores` holds what goes into summary.json; `network` is what evaluation and export use."""
+
+    name: str
+    network: Network
+    head: Mapping[str, Any]
+    train: Split
+    test: Split | None
+    seconds: float
+    scores: dict[str, Any] = field(default_factory=dict)
+
+
+def predict_split(network: Network, features: torch.Tensor, rows: torch.Tensor) -> Split:
+    """Clusters of features (N, D) on the CPU by the network's head."""
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        parts = [network.head.predict(part.to(device)).cpu() for part in features.split(4096)]
+    confidence, clusters = torch.cat(parts).max(dim=1)
+    return Split(features.numpy(), clusters.numpy(), confidence.numpy(), rows.numpy())
+
+
+def neighbor_graph(features: np.ndarray, num_neighbors: int) -> np.ndarray:
+    """(N, k) nearest neighbours by cosine: the fixed graph on which stages are compared."""
+    x = torch.from_numpy(features)
+    _, graph = knn(x, x, k=min(num_neighbors, len(x) - 1), exclude_self=True)
+    return graph.numpy()
+
+
+def score_stage(result: StageResult, data: ImageData, num_clusters: int, graph: np.ndarray, before: StageResult | None, settings: EvalSettings) -> None:
+    """Fills `scores`: label-free ones always, the others where there are labels."""
+    previous = None if before is None or len(before.train.clusters) != len(result.train.clusters) else before.train.clusters
+    same_rows = len(graph) == len(result.train.clusters)
+    scores: dict[str, Any] = {"seconds": result.seconds}
+    scores.update(
+        label_free_scores(
+            result.train.clusters,
+            num_clusters,
+            confidence=result.train.confidence,
+            features=result.train.features,
+            graph=graph if same_rows else None,
+            previous=previous,
+        )
+    )
+    scores.update(_labelled_scores(result.train, data.train))
+    classes = _classes(data.train, result.train)
+    if classes is not None and settings.probes:
+        scores["knn_probe"] = knn_probe(result.train.features, classes)
+        scores["linear_probe"] = linear_probe(result.train.features, classes)
+    if result.test is not None and data.test is not None:
+        scores["test"] = _labelled_scores(result.test, data.test)
+    result.scores = scores
+
+
+def _classes(images: ImageSet, split: Split) -> np.ndarray | None:
+    """Classes of a split's rows, None if any is unknown."""
+    if images.classes is None:
+        return None
+    classes = images.classes[split.rows]
+    return None if (classes < 0).any() else classes
+
+
+def _labelled_scores(split: Split, images: ImageSet) -> dict[str, Any]:
+    classes = _classes(images, split)
+    if classes is None:
+        return {}
+    scores = clustering_scores(split.clusters, classes)
+    return {name: _plain(value) for name, value in scores.items()}
+
+
+def run_baselines(result: StageResult, data: ImageData, num_clusters: int, settings: EvalSettings, seed: int) -> dict[str, Any]:
+    """ACC, NMI, ARI of classical clusterings of this stage's features; a baseline that failed says why."""
+    pixels = None
+    if data.train.images is not None:
+        pixels = data.train.images[torch.from_numpy(result.train.rows)].flatten(1)
+    found = baselines(
+        result.train.features,
+        num_clusters,
+        which=settings.baselines,
+        pixels=pixels,
+        seed=seed,
+        max_samples=settings.baseline_samples,
+    )
+    scores: dict[str, Any] = {}
+    classes = _classes(data.train, result.train)
+    for name, labels in found.labels.items():
+        entry: dict[str, Any] = {"samples": len(found.index), "seconds": found.seconds.get(name)}
+        if labels is None:
+            entry["failed"] = found.reasons[name]
+        elif classes is not None:
+            entry.update({key: value for key, value in clustering_scores(labels, classes[found.index]).items() if key in SCORES})
+        scores[name] = entry
+    return scores
+
+
+def keep_best(results: Sequence[StageResult]) -> tuple[StageResult, str]:
+    """The stage whose clusters agree best, beyond chance, on the pretext's neighbour graph; ties keep the earlier."""
+    name, why = better_stage({result.name: result.scores.get("neighbor_agreement", 0.0) for result in results})
+    return next(result for result in results if result.name == name), why
+
+
+def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the result table, from summary.json alone."""
+    labelled = any("acc" in scores for scores in summary["stages"].values())
+    columns = ["", *(["ACC", "NMI", "ARI"] if labelled else []), "neighbour agreement", "clusters used", "confidence", "seconds"]
+    rows = []
+    for name, scores in summary["stages"].items():
+        label = f"{name} (kept)" if name == summary["kept_stage"] else name
+        label += f": {scores['reads']}" if "reads" in scores else ""
+        rows.append([label, *_percent(scores, labelled), scores.get("neighbor_agreement"), scores["clusters_used"], scores["mean_confidence"], _round(scores["seconds"])])
+        if "test" in scores:
+            rows.append([f"{name}, held-out images", *_percent(scores["test"], labelled), None, None, None, None])
+    for name, scores in summary["baselines"].items():
+        label = f"{BASELINE_WORDS.get(name, name)}" + (f" ({scores['samples']} images)" if scores["samples"] < summary["num_images"] else "")
+        label += f": failed, {scores['failed']}" if "failed" in scores else ""
+        rows.append([label, *_percent(scores, labelled), None, None, None, _round(scores["seconds"])])
+    return columns, rows
+
+
+BASELINE_WORDS = {
+    "kmeans": "k-means on the same features",
+    "gmm": "GMM on the same features",
+    "spectral": "spectral on the same features",
+    "tsne_gmm": "t-SNE + GMM on the same features",
+    "pixels": "k-means on pixels",
+}
+
+
+def _percent(scores: Mapping[str, Any], labelled: bool) -> list[str | None]:
+    if not labelled:
+        return []
+    return [f"{100 * scores[name]:.1f}" if name in scores else None for name in SCORES]
+
+
+def _round(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:.1f}"
+
+
+def clusters_csv(result: StageResult, data: ImageData) -> str:
+    """index, path, split, cluster, confidence: a line for each image that the protocol clusters, and the skipped ones."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["index", "path", "split", "cluster", "confidence"])
+    pairs = [(data.train, result.train)]
+    if data.test is not None and result.test is not None:
+        pairs.append((data.test, result.test))
+    for images, split in pairs:
+        clustered = {int(row): place for place, row in enumerate(split.rows)}
+        for row in range(len(images)):
+            place = clustered.get(row)
+            found = ("", "") if place is None else (int(split.clusters[place]), f"{split.confidence[place]:.6f}")
+            writer.writerow([int(images.ids[row]), images.paths[row], images.splits[row], *found])
+    for skipped in data.train.skipped:
+        writer.writerow([skipped.id, skipped.path, "unreadable", "", ""])
+    return text.getvalue()
+
+
+def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """summary.json."""
+    folder.write("summary.json", json.dumps(_plain(summary), indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays as JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

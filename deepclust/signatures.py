@@ -1,0 +1,408 @@
+"""A constructor's signature is the schema of its part of the configuration.
+
+Signatures are read from source files by `ast`, so that a wrong key is refused before torch is imported. A parameter's
+annotation becomes a kind (`deepclust.kinds`) that reads values.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_args
+
+from deepclust import schema
+from deepclust.errors import UserError
+from deepclust.kinds import Anything, Choice, Either, Flag, Items, Kind, Nothing, Number, Refused, Table, Text
+
+PACKAGE = Path(__file__).resolve().parent
+INJECTED = ("dim", "num_clusters", "num_samples", "in_channels", "image_size", "group")
+"""Names that the program fills in where a signature asks for them without a default."""
+OWN_HOMES = ("deepclust.heads", "deepclust.backbones", "deepclust.data")
+LIBRARY_HOMES = ("torch.nn", "torch.optim", "torchvision", "timm")
+
+
+class TargetError(UserError):
+    """A `_target_` that may not be built, or that does not exist."""
+
+
+@dataclass(frozen=True)
+class Node(Kind):
+    """A nested object: a mapping with its own `_target_`, checked against that signature."""
+
+    words = "a mapping with its own _target_"
+
+
+@dataclass(frozen=True)
+class Section(Kind):
+    """A nested plain section, described by a dataclass."""
+
+    signature: Signature
+    words = "a mapping"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument: its kind, and whether it may be left out."""
+
+    kind: Kind
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a class or function accepts, in order."""
+
+    target: str
+    parameters: Mapping[str, Parameter]
+
+
+def near(word: str, words: Iterable[str]) -> str | None:
+    """The names that are one typing slip away (joined by "or"), else the most similar name, else None."""
+    names = list(words)
+    slips = [name for name in names if _one_slip(word, name)]
+    return " or ".join(slips[:3] or difflib.get_close_matches(word, names, 1, 0.6)) or None
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter was left out, added, changed, or swapped with its neighbour."""
+    if abs(len(a) - len(b)) > 1 or a == b:
+        return False
+    same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    a, b = a[same:], b[same:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
+
+
+# --- reading source files -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _parse(path: Path, stamp: int) -> ast.Module:
+    """The syntax tree of a file; `stamp` (its time of change) renews the cache."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse(path: Path) -> ast.Module:
+    """The syntax tree of a source file. Raises TargetError where it is not valid Python."""
+    try:
+        return _parse(path, path.stat().st_mtime_ns)
+    except (SyntaxError, ValueError, OSError) as error:
+        raise TargetError(f"{path} cannot be read as Python: {error}") from None
+
+
+def source(module: str) -> Path | None:
+    """The file of a module, found without importing it or any of its parents; None where there is none."""
+    top, *rest = module.split(".")
+    if top == "deepclust":
+        folders: Sequence[str] = [str(PACKAGE)]
+    else:
+        spec = importlib.util.find_spec(top)
+        if spec is None:
+            return None
+        if not rest and spec.origin and spec.origin.endswith(".py"):
+            return Path(spec.origin)
+        folders = list(spec.submodule_search_locations or [])
+    for folder in folders:
+        base = Path(folder, *rest)
+        for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def definitions(path: Path) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Public classes and functions written in a file, by name."""
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    return {node.name: node for node in parse(path).body if isinstance(node, kinds) and not node.name.startswith("_")}
+
+
+def signature(target: str) -> Signature:
+    """The signature of the class or function `module.name`, read from the file it is written in.
+
+    Raises TargetError where the module or the name is missing, with the nearest name.
+    """
+    module, _, name = target.rpartition(".")
+    path = source(module)
+    if path is None:
+        raise TargetError(f"there is no module {module}{_hint(near(module.rpartition('.')[2], _siblings(module)))}")
+    found = definitions(path).get(name)
+    if found is None:
+        raise TargetError(f"no class or function {name} is written in {module}{_hint(near(name, definitions(path)))}")
+    return Signature(target, _parameters(found, path))
+
+
+def _siblings(module: str) -> list[str]:
+    parent = module.rpartition(".")[0]
+    path = source(parent) if parent else None
+    if path is None or path.name != "__init__.py":
+        return []
+    return [file.stem for file in sorted(path.parent.glob("*.py")) if not file.stem.startswith("_")]
+
+
+def _hint(word: str | None) -> str:
+    return f"; did you mean {word}?" if word else ""
+
+
+def _parameters(node: ast.ClassDef | ast.FunctionDef, path: Path) -> dict[str, Parameter]:
+    if isinstance(node, ast.FunctionDef):
+        return _arguments(node.args, path)
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            arguments = _arguments(item.args, path)
+            arguments.pop(next(iter(arguments)))
+            return arguments
+    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+        return {item.target.id: Parameter(_kind(item.annotation, path), item.value is not None) for item in fields}  # type: ignore[union-attr]
+    return _inherited(node, path)
+
+
+def _inherited(node: ast.ClassDef, path: Path) -> dict[str, Parameter]:
+    """Parameters of the first base class that is written in this file or imported into it by name."""
+    for base in node.bases:
+        name = ast.unparse(base)
+        if name in definitions(path):
+            return _parameters(definitions(path)[name], path)
+        home = _imports(path).get(name)
+        file = source(home.rpartition(".")[0]) if home else None
+        if home and file and home.rpartition(".")[2] in definitions(file):
+            return _parameters(definitions(file)[home.rpartition(".")[2]], file)
+    return {}
+
+
+def _arguments(arguments: ast.arguments, path: Path) -> dict[str, Parameter]:
+    positional = [*arguments.posonlyargs, *arguments.args]
+    without = len(positional) - len(arguments.defaults)
+    found = {arg.arg: Parameter(_kind(arg.annotation, path), i >= without) for i, arg in enumerate(positional)}
+    for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
+        found[arg.arg] = Parameter(_kind(arg.annotation, path), default is not None)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _imports(path: Path) -> dict[str, str]:
+    """Names that a file imports from elsewhere, to their full names."""
+    nodes = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom) and node.module]
+    return {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+
+
+# --- annotations to kinds -------------------------------------------------------------------------------------------
+
+_PLAIN: dict[str, Kind] = {
+    "int": Number(whole=True),
+    "float": Number(whole=False),
+    "bool": Flag(),
+    "str": Text(),
+    "Path": Text(),
+    "None": Nothing(),
+    "Any": Anything(),
+    "object": Anything(),
+    "list": Items(Anything(), "list"),
+    "tuple": Items(Anything(), "tuple"),
+    "Sequence": Items(Anything(), "list"),
+    "dict": Table(Anything()),
+    "Mapping": Table(Anything()),
+}
+
+
+def _kind(node: ast.expr | None, path: Path) -> Kind:
+    """The kind that an annotation stands for. A class that is not plain data stands for a nested `_target_`."""
+    if node is None:
+        return Anything()
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            return _kind(ast.parse(node.value, mode="eval").body, path)
+        return Nothing() if node.value is None else Anything()
+    if isinstance(node, ast.BinOp):
+        return Either.of(_kind(node.left, path), _kind(node.right, path))
+    if isinstance(node, ast.Subscript):
+        return _subscript(node, path)
+    return _named(ast.unparse(node).rpartition(".")[2], path)
+
+
+def _named(name: str, path: Path) -> Kind:
+    if name in _PLAIN:
+        return _PLAIN[name]
+    if name in schema.ALIASES:
+        base, bounds = get_args(schema.ALIASES[name])
+        return Number(whole=base is int, range=bounds)
+    for node in parse(path).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            return _kind(node.value, path)
+    found = definitions(path).get(name)
+    if isinstance(found, ast.ClassDef) and any("dataclass" in ast.unparse(item) for item in found.decorator_list):
+        return Section(Signature(name, _parameters(found, path)))
+    home = _imports(path).get(name, "")
+    file = source(home.rpartition(".")[0]) if home.startswith("deepclust.") else None
+    return _named(home.rpartition(".")[2], file) if file and file != path else Node()
+
+
+def _subscript(node: ast.Subscript, path: Path) -> Kind:
+    name = ast.unparse(node.value).rpartition(".")[2]
+    inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if name == "Literal":
+        return Choice(tuple(ast.literal_eval(item) for item in inner))
+    if name == "Optional":
+        return Either.of(_kind(inner[0], path), Nothing())
+    if name == "Union":
+        return Either.of(*(_kind(item, path) for item in inner))
+    if name == "Annotated":
+        return _annotated(inner, path)
+    if name in ("dict", "Mapping"):
+        return Table(_kind(inner[1], path))
+    if name in ("list", "Sequence", "set", "frozenset", "Iterable"):
+        return Items(_kind(inner[0], path), "list")
+    if name == "tuple":
+        many = len(inner) == 2 and isinstance(inner[1], ast.Constant) and inner[1].value is Ellipsis
+        return Items(_kind(inner[0], path), "tuple", None if many else tuple(_kind(item, path) for item in inner))
+    return Anything()
+
+
+def _annotated(inner: list[ast.expr], path: Path) -> Kind:
+    kind = _kind(inner[0], path)
+    for extra in inner[1:]:
+        if isinstance(extra, ast.Call) and "Range" in ast.unparse(extra.func) and isinstance(kind, Number):
+            bounds = {item.arg: _constant(item.value) for item in extra.keywords if item.arg}
+            return Number(kind.whole, schema.Range(**bounds))
+    return kind
+
+
+def _constant(node: ast.expr) -> float:
+    """A number written in an annotation, `float("inf")` and `2**32 - 1` included."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "float":
+        return float(ast.literal_eval(node.args[0]))
+    if isinstance(node, ast.BinOp):
+        left, right = _constant(node.left), _constant(node.right)
+        return left**right if isinstance(node.op, ast.Pow) else left - right
+    return ast.literal_eval(node)
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(
+    known: Signature, values: Mapping[str, Any], path: str, problems: list[str], trust: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Values converted to what the signature asks for; every wrong key, type and range is added to `problems`."""
+    settable = {name: item for name, item in known.parameters.items() if name not in INJECTED or item.optional}
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in settable:
+            read[key] = check_value(settable[key].kind, value, where, problems, trust)
+        elif key in known.parameters:
+            problems.append(f"{where}={show(value)}: is filled in by the program; leave it out")
+        else:
+            problems.append(unknown_key(path, str(key), value, settable))
+    for name, item in settable.items():
+        if not item.optional and name not in values:
+            problems.append(f"{path}.{name} has no value; give {path}.{name}=VALUE")
+    return read
+
+
+def check_value(kind: Kind, value: Any, where: str, problems: list[str], trust: Sequence[str] = ()) -> Any:
+    """One value as its kind reads it; what is wrong with it is added to `problems`."""
+    if isinstance(value, str) and value == "???":
+        problems.append(f"{where} has no value; give {where}=VALUE")
+        return None
+    if isinstance(kind, Either) and isinstance(value, Mapping):
+        kind = next((option for option in kind.options if isinstance(option, Node | Section)), kind)
+    if isinstance(kind, Section) and isinstance(value, Mapping):
+        return check_arguments(kind.signature, value, where, problems, trust)
+    if isinstance(value, Mapping) and (isinstance(kind, Node) or "_target_" in value):
+        return check_node(value, where, problems, trust=trust)
+    try:
+        return kind.read(value)
+    except Refused as refused:
+        problems.append(f"{where}={show(value)}: must be {kind.words}{refused.hint}")
+        return None
+
+
+def check_node(
+    node: Mapping[str, Any], path: str, problems: list[str], *, home: str | None = None, trust: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A `_target_` node checked against the signature of its target, nested nodes included.
+
+    home: the package that the target of this section must come from, unless it is trusted by name.
+    """
+    target = node.get("_target_")
+    try:
+        known = _allowed_signature(target, home, trust)
+    except UserError as error:
+        problems.append(f"{path}._target_={show(target)}: {error}")
+        return dict(node)
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    return {"_target_": target, **check_arguments(known, values, path, problems, trust)}
+
+
+def _allowed_signature(target: Any, home: str | None, trust: Sequence[str]) -> Signature:
+    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+        raise TargetError("must be a name such as deepclust.heads.simclr.SimCLR")
+    if within(target, trust) or within(target, [home] if home else OWN_HOMES):
+        return signature(target)
+    if home is None and within(target, LIBRARY_HOMES):
+        return _library_signature(target)
+    homes = [home] if home else [*OWN_HOMES, *LIBRARY_HOMES]
+    raise TargetError(
+        f"may not be built; allowed here: {', '.join(homes)}, and what you name in trust=[{target.split('.')[0]}]"
+    )
+
+
+def _library_signature(target: str) -> Signature:
+    """The signature of a class or function of torch, torchvision or timm. This imports the library."""
+    arguments = inspect.signature(resolve(target)).parameters.values()
+    empty = inspect.Parameter.empty
+    named = [item for item in arguments if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
+    return Signature(target, {item.name: Parameter(Anything(), item.default is not empty) for item in named})
+
+
+def resolve(target: str, trust: Sequence[str] = ()) -> Any:
+    """Imports the class or function `module.name`. Raises TargetError unless it may be built.
+
+    The name must be allowed before anything is imported, and what it turns out to be must be a class or function
+    written in an allowed package: a re-export of something else is refused.
+    """
+    homes = [*OWN_HOMES, *LIBRARY_HOMES, *trust]
+    if not within(target, homes):
+        raise TargetError(f"{target} may not be built; allowed: {', '.join(homes)}")
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"{target} cannot be imported: {error}") from None
+    origin = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or not within(origin, homes):
+        raise TargetError(f"{target} is {origin}, which may not be built; allowed: {', '.join(homes)}")
+    return found
+
+
+def within(name: str, homes: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `homes` or lies below one."""
+    return any(name == home or name.startswith(home + ".") for home in homes)
+
+
+def unknown_key(path: str, key: str, value: Any, valid: Iterable[str]) -> str:
+    """The line for a key that does not exist, with the nearest one, else with all that do."""
+    names = list(valid)
+    prefix = f"{path}." if path else ""
+    found = near(key, names)
+    advice = f"did you mean {found}?" if found else f"valid here: {', '.join(names) or 'nothing'}"
+    below = ""
+    while isinstance(value, Mapping) and value:
+        name, value = next(iter(value.items()))
+        below += f".{name}"
+    return f"{prefix}{key}{below}={show(value)}: there is no key {key}{f' in {path}' if path else ''}; {advice}"
+
+
+def show(value: Any) -> str:
+    """A value as it would be typed, cut to one short line."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."
