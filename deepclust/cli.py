@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -149,16 +150,23 @@ def _train_many(runs: list[list[str]], config_dirs: Sequence[Path]) -> int:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    folders = [config.folder() for config in configs]
-    same = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if same is not None:
-        raise UserError(f"several of these runs would share the folder {same}; give each its own run.name")
+    if len({config.folder() for config in configs}) < len(runs):
+        configs = [load([*words, f"run.name={name}"], config_dirs) for words, name in zip(runs, _names(configs, runs))]
     for number, config in enumerate(configs, 1):
         print(f"run {number} of {len(configs)}: {config.folder()}")
         code = _train_one(config)
         if code != OK:
             return code
     return OK
+
+
+def _names(configs: Sequence[Any], runs: Sequence[Sequence[str]]) -> list[str]:
+    """Names of runs that would share a folder: the usual one and what is swept, as in scan-digits-0-optim.lr-0.001."""
+    if any(config.run.dir is not None or config.run.name is not None for config in configs):
+        raise UserError("these runs would share one folder; with -m leave run.name and run.dir out")
+    swept = [place for place, words in enumerate(zip(*runs)) if len(set(words)) > 1]
+    parts = [[config.name(), *(words[place] for place in swept)] for config, words in zip(configs, runs)]
+    return [re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part))[:200] for part in parts]
 
 
 def _train_one(config: Any) -> int:

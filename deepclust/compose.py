@@ -86,7 +86,10 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> tuple
     with _hydra(config_dirs) as run:
         try:
             config, choices = _choose(words.groups, run)
-            recipe, _ = run(["~experiment", f"recipe={choices['recipe']}" if "recipe" in choices else "~recipe"])
+            recipe = config
+            if "experiment" in choices or any("@stages." in key for key in words.groups):
+                # What these say of a stage that the recipe by itself does not have is a slip.
+                recipe, _ = run(["~experiment", f"recipe={choices['recipe']}" if "recipe" in choices else "~recipe"])
             stages = list(recipe.get("stages") or {})
         except Exception as error:
             raise ConfigError([*problems, _plain(error, config_dirs)]) from None

@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from deepclust.precision import cpu_has_bfloat16
+    from deepclust.precision import cpu_has_fast_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if torch.cuda.is_available():
@@ -49,7 +49,7 @@ def _torch() -> Iterator[Finding]:
         native = torch.cuda.is_bf16_supported()
     else:
         names = [f"{'Apple MPS' if torch.backends.mps.is_available() else 'CPU'}, {cores} cores"]
-        native = cpu_has_bfloat16()
+        native = cpu_has_fast_bfloat16()
     yield "device", ", ".join(names), True
     yield "bfloat16", "native" if native else "not native: another precision is used", True
     yield "threads", str(torch.get_num_threads()), True

@@ -84,8 +84,9 @@ class Network(nn.Module):
 class Clusterer:
     """A trained model: images in, clusters out. It holds no training state.
 
-    spec: plain JSON from which it is rebuilt: `backbone` and `head` (nodes with `_target_`), `clean` (a view's
-    operations), `size`, `channels`, `mean`, `std`, `num_clusters`.
+    spec: plain JSON from which it is rebuilt: `backbone` and `head` (nodes with `_target_`), `size`, `channels` and
+    `num_clusters` (what their constructors are told), `clean` (a view's operations), `image_size` (of the pixels it is
+    given), `view_size`, `mean` and `std` (of the view).
 
     Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C, H, W); as a path to
     an image or a folder; as a list of paths; or as an `ImageSet`.
@@ -97,7 +98,8 @@ class Clusterer:
         self.spec = dict(spec)
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
-        self.view = ViewTransform(self.spec["clean"], self.spec["size"], self.spec["mean"], self.spec["std"])
+        size = self.spec["view_size"]
+        self.view = ViewTransform(self.spec["clean"], size if isinstance(size, int) else tuple(size), spec["mean"], spec["std"])
 
     @property
     def num_clusters(self) -> int:
@@ -149,7 +151,7 @@ class Clusterer:
         """(C, H, W) uint8 of an image file, sized for this model; raises UnreadableImage naming the file."""
         from deepclust.data.images import decode
 
-        return torch.from_numpy(decode(path, self.spec["size"], self.spec["channels"]))
+        return torch.from_numpy(decode(path, max(self.spec["image_size"]), self.spec["channels"]))
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file: weights, and the spec as its metadata."""

@@ -1,13 +1,14 @@
-"""Clusters of new images, for `deepclust predict`."""
+"""Clusters of new images with the model of a run."""
 
 from __future__ import annotations
 
 import csv
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from deepclust.data.images import UnreadableImage
 from deepclust.errors import UserError
@@ -16,37 +17,45 @@ from deepclust.model import Clusterer, image_paths
 BATCH = 256
 
 
-def predict(run: Path, images: Path, out: Path, trust: Sequence[str] = ()) -> None:
-    """Writes `out` (path, cluster, confidence) for an image or a folder of images, with the model of a run folder.
+def predict(run: Path, images: Path, out: Path, trust: Sequence[str] = ()) -> tuple[int, int]:
+    """Writes path, cluster, confidence of every image below `images` (a folder or a file) to the CSV file `out`.
 
-    Unreadable images are named and left out. Raises UserError where nothing is left or `out` cannot be written.
+    run: a run folder or a model file. An image that cannot be read gets an empty cluster and the reason in `error`.
+    Returns how many were clustered and how many could not be read. Raises UserError where nothing is to be done.
     """
-    model = Clusterer.load(run, trust=trust)
-    rows: list[tuple[str, int, str]] = []
+    clusterer = Clusterer.load(run, trust=trust)
     paths = image_paths(images)
-    for start in range(0, len(paths), BATCH):
-        rows += _rows(model, paths[start : start + BATCH])
-    if not rows:
-        raise UserError(f"{images}: no image in it can be read")
-    try:
-        with open(out, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("path", "cluster", "confidence"))
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); choose another file with -o") from None
-    print(f"{len(rows)} of {len(paths)} images: {out}")
+    if out.is_dir() or not out.resolve().parent.is_dir():
+        raise UserError(f"--out {out}: must be a file in a folder that exists")
+    done, failed = 0, 0
+    temporary = out.with_name(f".tmp-{out.name}")
+    with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "cluster", "confidence", "error"])
+        for start in range(0, len(paths), BATCH):
+            part = paths[start : start + BATCH]
+            pixels, reasons = _read(clusterer, part)
+            found = iter(clusterer.predict_proba(torch.stack(pixels).numpy()) if pixels else [])
+            for path, reason in zip(part, reasons):
+                if reason is None:
+                    row = next(found)
+                    writer.writerow([path, int(row.argmax()), f"{row.max():.6f}", ""])
+                else:
+                    writer.writerow([path, "", "", reason])
+            done, failed = done + len(pixels), failed + len(part) - len(pixels)
+    os.replace(temporary, out)
+    print(f"{done} images clustered{f', {failed} could not be read' if failed else ''}: {out}")
+    return done, failed
 
 
-def _rows(model: Clusterer, paths: Sequence[Path]) -> list[tuple[str, int, str]]:
-    pixels, read = [], []
+def _read(clusterer: Clusterer, paths: Sequence[Path]) -> tuple[list[Tensor], list[str | None]]:
+    """The readable images, and for each path None or why it could not be read."""
+    pixels: list[Tensor] = []
+    reasons: list[str | None] = []
     for path in paths:
         try:
-            pixels.append(model.read(path))
-            read.append(path)
+            pixels.append(clusterer.read(path))
+            reasons.append(None)
         except UnreadableImage as error:
-            print(f"left out: {error}", file=sys.stderr)
-    if not read:
-        return []
-    confidence, cluster = torch.from_numpy(model.predict_proba(torch.stack(pixels), BATCH)).max(1)
-    return [(str(path), int(k), f"{float(p):.6f}") for path, k, p in zip(read, cluster, confidence)]
+            reasons.append(str(error))
+    return pixels, reasons

@@ -6,6 +6,7 @@ and evaluates anew what is cheap to evaluate, so that nothing but checkpoints ca
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -61,8 +62,11 @@ class Run:
         self.loggers.message(text, level)
 
 
-def train(config: RunConfig) -> int:
-    """Runs a recipe from start, or from where it stands, to its report. Returns the exit code: 0, or 143 if stopped."""
+def train(config: RunConfig, data: ImageData | None = None) -> int:
+    """Runs a recipe from start, or from where it stands, to its report. Returns the exit code: 0, or 143 if stopped.
+
+    data: images that are at hand already, instead of those that the configuration names.
+    """
     began = time.perf_counter()
     settings = next(iter(config.stages.values())).trainer
     if settings.num_threads is not None:
@@ -73,7 +77,8 @@ def train(config: RunConfig) -> int:
     if world.group is not None:
         die_with_parent()
     try:
-        data: ImageData = build(config.data, trust=config.trust)
+        data = data or build(config.data, trust=config.trust)
+        assert data is not None
         num_clusters = _num_clusters(config, data)
         with RunFolder.open(config.folder(), new=config.run.new or config.resume == "never", rank=world.rank) as folder:
             if _nothing_to_do(config, folder, world):
@@ -180,19 +185,21 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
     config, images = run.config, run.data.train
     torch.manual_seed(int(sample_keys(config.seed, number, 0, torch.zeros(1).long(), -3)) % 2**63)
     network = build_network(
-        config.backbone, stage.head, _sizes(run), num_samples=len(images), pretrained=previous is None, trust=config.trust
+        config.backbone, stage.head, _sizes(run, stage), num_samples=len(images), pretrained=previous is None, trust=config.trust
     )
     if previous is not None:
         network.backbone.load_state_dict(previous.backbone.state_dict())
         network.head.init_from(previous.head)
     if run.world.size > 1 and run.world.device.type == "cuda" and config.distributed.sync_batchnorm:
         network.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network.backbone)
-    names = ["clean", *(view.augment for view in network.head.views)]
+    names = dict.fromkeys(["clean", *(view.augment for view in network.head.views)])
+    view = _view(run, stage, network)
+    seen = dataclasses.replace(images, mean=tuple(view["mean"]), std=tuple(view["std"]))
     return Trainer(
         network.backbone,
         network.head,
         images,
-        build_views(stage.augment, images, list(dict.fromkeys(names))),
+        build_views({**stage.augment, "size": view["view_size"]}, seen, list(names)),
         settings=stage.trainer,
         optim=stage.optim,
         seed=config.seed,
@@ -202,9 +209,22 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
     )
 
 
-def _sizes(run: Run) -> dict[str, Any]:
+def _sizes(run: Run, stage: Stage) -> dict[str, Any]:
+    """What a network's constructors are told."""
     images = run.data.train
-    return {"channels": images.channels, "size": images.size[0], "num_clusters": run.num_clusters}
+    return {"channels": images.channels, "size": stage.augment["size"] or images.size[0], "num_clusters": run.num_clusters}
+
+
+def _view(run: Run, stage: Stage, network: Network) -> dict[str, Any]:
+    """How images are fed: a pretrained network's own size and statistics, unless the configuration gives a size."""
+    images, own = run.data.train, getattr(network.backbone, "preprocess", None)
+    return {
+        "clean": stage.augment["views"]["clean"],
+        "view_size": stage.augment["size"] or (own.size if own else None) or list(images.size),
+        "image_size": list(images.size),
+        "mean": list(own.mean if own else images.mean),
+        "std": list(own.std if own else images.std),
+    }
 
 
 def _hooks(run: Run, stage: Stage) -> Hooks:
@@ -251,7 +271,7 @@ def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
     network, head_node, reads = trainer.evaluated, stage.head, None
     features, rows = trainer.features()
     if not network.head.clusters:
-        head_node, reads = KMEANS_NODE, "k-means on its features"
+        head_node, reads = KMEANS_NODE, "k-means"
         head = KMeansHead(features.shape[1], run.num_clusters)
         head.init_prototypes(Bank(features, rows, len(features)))
         network = Network(network.backbone, head.to(run.world.device))
@@ -300,26 +320,15 @@ def _finish(run: Run) -> None:
             "seconds": time.perf_counter() - run.began,
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        _report(run, kept, summary)
+        results.write_page(run.folder, kept, run.data, summary, run.config.eval.gallery_images)
         results.write_summary(run.folder, summary)
     _show(run.loggers, run.folder, summary)
 
 
 def _spec(run: Run, kept: StageResult) -> dict[str, Any]:
-    images, stage = run.data.train, run.config.stages[kept.name]
-    return {
-        "backbone": run.config.backbone,
-        "head": dict(kept.head),
-        "clean": stage.augment["views"]["clean"],
-        "mean": list(images.mean),
-        "std": list(images.std),
-        **_sizes(run),
-    }
-
-
-def _report(run: Run, kept: StageResult, summary: Mapping[str, Any]) -> None:
-    """report.html: the table and a gallery of each cluster."""
-    return
+    """What `Clusterer` is rebuilt from."""
+    stage = run.config.stages[kept.name]
+    return {"backbone": run.config.backbone, "head": dict(kept.head), **_sizes(run, stage), **_view(run, stage, kept.network)}
 
 
 def _show(loggers: Loggers, folder: RunFolder, summary: Mapping[str, Any]) -> None:

@@ -18,7 +18,10 @@ from deepclust.eval.metrics import clustering_scores
 from deepclust.eval.probes import knn_probe, linear_probe
 from deepclust.eval.baselines import baselines
 from deepclust.model import Network
+from deepclust.loggers.files import read_metrics
 from deepclust.ops import knn
+from deepclust.report import write_report
+from deepclust.report.gallery import make_galleries
 from deepclust.run_folder import RunFolder
 from deepclust.settings import EvalSettings
 
@@ -131,34 +134,39 @@ def run_baselines(result: StageResult, data: ImageData, num_clusters: int, setti
 
 
 def keep_best(results: Sequence[StageResult]) -> tuple[StageResult, str]:
-    """The stage whose clusters agree best, beyond chance, on the pretext's neighbour graph; ties keep the earlier."""
-    name, why = better_stage({result.name: result.scores.get("neighbor_agreement", 0.0) for result in results})
+    """The stage whose clusters agree best, beyond chance, on the pretext's neighbour graph; ties keep the earlier.
+
+    A pretext's clusters are k-means on the very features that the graph is made of, which the graph favours: they
+    stand only where no stage has clusters of its own.
+    """
+    own = [result for result in results if "reads" not in result.scores] or list(results)
+    name, why = better_stage({result.name: result.scores.get("neighbor_agreement", 0.0) for result in own})
     return next(result for result in results if result.name == name), why
 
 
 def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the result table, from summary.json alone."""
     labelled = any("acc" in scores for scores in summary["stages"].values())
-    columns = ["", *(["ACC", "NMI", "ARI"] if labelled else []), "neighbour agreement", "clusters used", "confidence", "seconds"]
+    columns = ["", *(["ACC", "NMI", "ARI"] if labelled else []), "agreement", "used", "seconds"]
     rows = []
     for name, scores in summary["stages"].items():
         label = f"{name} (kept)" if name == summary["kept_stage"] else name
-        label += f": {scores['reads']}" if "reads" in scores else ""
-        rows.append([label, *_percent(scores, labelled), scores.get("neighbor_agreement"), scores["clusters_used"], scores["mean_confidence"], _round(scores["seconds"])])
+        label += f" + {scores['reads']}" if "reads" in scores else ""
+        rows.append([label, *_percent(scores, labelled), scores.get("neighbor_agreement"), scores["clusters_used"], _round(scores["seconds"])])
         if "test" in scores:
-            rows.append([f"{name}, held-out images", *_percent(scores["test"], labelled), None, None, None, None])
+            rows.append([f"{name}, held-out images", *_percent(scores["test"], labelled), None, None, None])
     for name, scores in summary["baselines"].items():
         label = f"{BASELINE_WORDS.get(name, name)}" + (f" ({scores['samples']} images)" if scores["samples"] < summary["num_images"] else "")
         label += f": failed, {scores['failed']}" if "failed" in scores else ""
-        rows.append([label, *_percent(scores, labelled), None, None, None, _round(scores["seconds"])])
+        rows.append([label, *_percent(scores, labelled), None, None, _round(scores["seconds"])])
     return columns, rows
 
 
 BASELINE_WORDS = {
-    "kmeans": "k-means on the same features",
-    "gmm": "GMM on the same features",
-    "spectral": "spectral on the same features",
-    "tsne_gmm": "t-SNE + GMM on the same features",
+    "kmeans": "k-means, same features",
+    "gmm": "GMM, same features",
+    "spectral": "spectral, same features",
+    "tsne_gmm": "t-SNE + GMM, same features",
     "pixels": "k-means on pixels",
 }
 
@@ -190,6 +198,37 @@ def clusters_csv(result: StageResult, data: ImageData) -> str:
     for skipped in data.train.skipped:
         writer.writerow([skipped.id, skipped.path, "unreadable", "", ""])
     return text.getvalue()
+
+
+def write_page(folder: RunFolder, kept: StageResult, data: ImageData, summary: Mapping[str, Any], gallery_images: int) -> None:
+    """report.html: the table, the curves and a gallery of each cluster of the kept stage."""
+    images, split = data.train, kept.train
+
+    def read(place: int) -> np.ndarray:
+        return images.read(int(split.rows[place])).numpy()
+
+    def caption(place: int) -> str:
+        return f"{images.paths[split.rows[place]]} ({split.confidence[place]:.0%})"
+
+    galleries = make_galleries(split.clusters, split.confidence, summary["num_clusters"], gallery_images, read, caption)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_metrics(folder.path / "metrics.jsonl"):
+        if "loss" in row:
+            steps, values = curves.setdefault(f"{row['stage']}: loss", ([], []))
+            steps.append(row["stage_step"])
+            values.append(row["loss"])
+    notes = [summary["why"]]
+    if images.classes is not None:
+        notes.append("Labels were read by the evaluation alone: not by training, nor by the choice of the stage.")
+    write_report(
+        folder.path / "report.html",
+        title=f"{data.name}: {summary['num_clusters']} clusters of {summary['num_images']:,} images",
+        summary=summary,
+        galleries=galleries,
+        curves=curves,
+        notes=notes,
+        skipped=[f"{skipped.path}: {skipped.reason}" for skipped in images.skipped],
+    )
 
 
 def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:

@@ -177,9 +177,13 @@ class RunFolder:
     def status(
         self, state: State, stage: str | None = None, epoch: int = 0, step: int = 0, reason: str | None = None
     ) -> None:
-        """Replaces status.json. step counts macro batches of `stage`."""
+        """Replaces status.json. step counts macro batches of `stage`.
+
+        Where `failed` cannot be written the old status stays: what made the run fail is what its user must hear.
+        """
         status = {"state": state, "stage": stage, "epoch": epoch, "step": step, "reason": reason}
-        self.write("status.json", json.dumps(status) + "\n")
+        with contextlib.suppress(*[FolderError] if state == "failed" else []):
+            self.write("status.json", json.dumps(status) + "\n")
 
     def write(self, name: str, data: str | bytes) -> None:
         """Writes `name` inside the folder atomically. Raises FolderError where that is not possible."""

@@ -132,10 +132,14 @@ def signature(target: str) -> Signature:
     path = source(module)
     if path is None:
         raise TargetError(f"there is no module {module}{_hint(near(module.rpartition('.')[2], _siblings(module)))}")
-    found = definitions(path).get(name)
-    if found is None:
+    if name not in definitions(path):
         raise TargetError(f"no class or function {name} is written in {module}{_hint(near(name, definitions(path)))}")
-    return Signature(target, _parameters(found, path))
+    return _signature(target, path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _signature(target: str, path: Path, stamp: int) -> Signature:
+    return Signature(target, _parameters(definitions(path)[target.rpartition(".")[2]], path))
 
 
 def _siblings(module: str) -> list[str]:
@@ -288,10 +292,20 @@ def _constant(node: ast.expr) -> float:
 
 
 def check_arguments(
-    known: Signature, values: Mapping[str, Any], path: str, problems: list[str], trust: Sequence[str] = ()
+    known: Signature,
+    values: Mapping[str, Any],
+    path: str,
+    problems: list[str],
+    trust: Sequence[str] = (),
+    node: bool = False,
 ) -> dict[str, Any]:
-    """Values converted to what the signature asks for; every wrong key, type and range is added to `problems`."""
+    """Values converted to what the signature asks for; every wrong key, type and range is added to `problems`.
+
+    node: `_target_` stands among the values and is taken over as it is.
+    """
     settable = {name: item for name, item in known.parameters.items() if name not in INJECTED or item.optional}
+    if node:
+        settable = {"_target_": Parameter(Anything(), optional=False), **settable}
     read: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
@@ -338,8 +352,7 @@ def check_node(
     except UserError as error:
         problems.append(f"{path}._target_={show(target)}: {error}")
         return dict(node)
-    values = {key: value for key, value in node.items() if key != "_target_"}
-    return {"_target_": target, **check_arguments(known, values, path, problems, trust)}
+    return check_arguments(known, node, path, problems, trust, node=True)
 
 
 def _allowed_signature(target: Any, home: str | None, trust: Sequence[str]) -> Signature:

@@ -230,12 +230,13 @@ class Trainer:
         if spec is None:
             return False
         self.hooks.status("clustering", progress)
-        before = copy.deepcopy(self.head.state_dict())
+        before, random_state = copy.deepcopy(self.head.state_dict()), torch.get_rng_state()
         try:
             with self.hooks.interruptible(), torch.no_grad():
                 asked = self.head.refresh(self.bank(spec))
         except BaseException:
             self.head.load_state_dict(before)
+            torch.set_rng_state(random_state)
             raise
         self.loader.partners = self.loader.partners if asked.partners is None else asked.partners.cpu()
         self.next_order = self.next_order if asked.order is None else asked.order.cpu()
@@ -370,12 +371,15 @@ class Trainer:
                 self.head.get_buffer(name).copy_(value)
 
     def features(self, images: ImageSet | None = None) -> tuple[Tensor, Tensor]:
-        """Clean features (n, D) and sample indices (n,) of all readable images, on every rank, on the CPU."""
+        """Clean features (n, D) and sample indices (n,) of all readable images, on every rank, on the CPU.
+
+        In float32 whatever the precision of the training: an exported model finds the same clusters again.
+        """
         images = images or self.images
         with untouched(self.evaluated), self.hooks.interruptible():
             block = self.world.block(len(images))
             found, index = collect(
-                lambda view: self.evaluated.features(view, self._autocast()),
+                self.evaluated.features,
                 images,
                 self.transforms["clean"],
                 block,

@@ -261,7 +261,7 @@ def test_going_on_from_an_older_one_drops_the_newer(tmp_path: Path) -> None:
 
 
 class Killer:
-    """Ends the process, as SIGKILL would, at the n-th write, fsync, rename, or removal; a write is torn in the middle."""
+    """Ends the process, as SIGKILL would, at the n-th write, fsync, rename or removal; a write is torn."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -309,9 +309,8 @@ def test_killed_at_every_moment_of_a_save_and_a_rotation(tmp_path: Path) -> None
 
     put(tmp_path / "before", 100)
     put(tmp_path / "before", 200)
-    moments, survivors = 0, set()
+    moments, survivors, root = 0, set(), tmp_path / "run"
     while True:
-        root = tmp_path / "run"
         shutil.copytree(tmp_path / "before", root)
         code = run_killed_at(moments + 1, lambda: (put(root, 300), checkpoint.rotate(root, keep=1)))
         found, notes = checkpoint.newest(root)

@@ -71,7 +71,7 @@ def test_a_line_torn_by_a_kill_is_cut(tmp_path: Path, torn: str) -> None:
 
 
 def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
-    """A child logs, and saves a checkpoint (a number in a file) every 5 steps, until it is killed; then another goes on."""
+    """A child logs, and notes its step as a checkpoint would every 5, until it is killed; then another goes on."""
     saved = tmp_path / "saved"
 
     def body(die_at: int) -> None:
@@ -142,7 +142,8 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
 def test_tensors_and_numpy_numbers_are_taken(tmp_path: Path) -> None:
     loggers = build_loggers(LOCAL, tmp_path)
     loggers.start({})
-    loggers.log({"loss": torch.tensor(0.5), "rate": np.float32(0.25)}, 1, "a")
+    numbers: dict[str, Any] = {"loss": torch.tensor(0.5), "rate": np.float32(0.25)}
+    loggers.log(numbers, 1, "a")
     assert lines(tmp_path) == [{"step": 1, "stage": "a", "loss": 0.5, "rate": 0.25}]
 
 
@@ -226,10 +227,12 @@ def test_other_ranks_are_quiet(tmp_path: Path, capfd: Any) -> None:
 
 
 def test_importing_leaves_torch_and_wandb_alone(tmp_path: Path) -> None:
-    code = f"import sys; from deepclust.loggers import build_loggers; build_loggers({{}}, __import__('pathlib').Path({str(tmp_path)!r}))"
-    subprocess.run(
-        [sys.executable, "-c", code + "; sys.exit(any(m in sys.modules for m in ('torch', 'wandb')))"], check=True
+    code = (
+        "import pathlib, sys; from deepclust.loggers import build_loggers\n"
+        f"build_loggers({{}}, pathlib.Path({str(tmp_path)!r}))\n"
+        "sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Clock:
@@ -401,7 +404,7 @@ def test_wandb_is_not_started_where_it_could_not_write(tmp_path: Path, monkeypat
 
 
 def random_states() -> list[Any]:
-    return [random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()]  # type: ignore[union-attr, index]
+    return [random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist()]  # noqa: NPY002
 
 
 def test_loggers_draw_no_random_numbers(tmp_path: Path, monkeypatch: Any) -> None:

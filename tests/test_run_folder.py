@@ -251,3 +251,16 @@ def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert seen == set(contents) and path.read_bytes() in contents
+
+
+def test_a_failure_is_told_even_where_the_disk_is_full(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunFolder.open(tmp_path) as run:
+        run.status("running")
+        monkeypatch.setattr(os, "fsync", full)
+        run.status("failed", reason="the disk is full")
+        with pytest.raises(FolderError, match="disk is full"):
+            run.status("saving")
+        assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from deepclust.data.benchmarks import (
     read_benchmark,
     read_fashion_mnist,
 )
-from deepclust.data.folders import NO_SPLIT, by_protocol, list_file, list_folder, load_files, read_structure
+from deepclust.data.folders import NO_SPLIT, Listing, by_protocol, list_file, list_folder, load_files, read_structure
 from deepclust.data.image_set import ImageData, ImageSet, Skipped, as_classes, set_of_arrays
 from deepclust.errors import UserError
 from deepclust.schema import Count, Natural
@@ -208,3 +209,13 @@ def from_arrays(
     classes, class_names = (None, []) if labels is None else as_classes(as_labels(labels, len(pixels)))
     everything = set_of_arrays(name, pixels, [NO_SPLIT] * len(pixels), classes, class_names)
     return by_protocol(name, everything, "transductive")
+
+
+def from_paths(paths: Sequence[str], size: int = 64, name: str = "images") -> ImageData:
+    """Image files by path, resized as for `image_folder`; without labels.
+
+    Raises:
+        UserError: fewer than two readable images.
+    """
+    listing = Listing(Path(), list(paths), [None] * len(paths), [NO_SPLIT] * len(paths))
+    return load_files(name, listing, size, "auto", 2048, "transductive")

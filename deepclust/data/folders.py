@@ -134,13 +134,13 @@ def _nothing_found(others: Counter[str]) -> str:
 def read_structure(listing: Listing, labels: Literal["auto", "folders", "none"]) -> None:
     """Fills in splits and labels from the paths' folders.
 
-    A first level of nothing but train, validation, test (two of them, or train alone) names splits; the next level
-    names classes.
+    A first level of nothing but train, validation, test (one of them alone only if it holds folders) names splits; the
+    next level names classes.
     """
     parts = [path.split("/") for path in listing.paths]
     first = {names[0].lower() for names in parts}
     has_splits = all(len(names) > 1 for names in parts) and first <= SPLIT_NAMES
-    has_splits = has_splits and (len(first) > 1 or (first <= TRAIN_NAMES and all(len(names) > 2 for names in parts)))
+    has_splits = has_splits and (len(first) > 1 or all(len(names) > 2 for names in parts))
     depth = 1 if has_splits else 0
     listing.splits = [names[0] if has_splits else NO_SPLIT for names in parts]
     found: list[str | None] = [names[depth] if len(names) > depth + 1 else None for names in parts]

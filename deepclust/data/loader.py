@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deepclust.data.datasets import ImageSet
+from deepclust.data.images import UnreadableImage
 from deepclust.data.random import sample_keys, uniforms
 from deepclust.data.views import ViewTransform
 
@@ -168,7 +169,7 @@ class _WorkerViews(Dataset):
                 self.transforms[name].sample(self.images.read(int(item.sources[slot, row])), int(item.keys[slot, row]))
                 for slot, name in enumerate(self.names)
             ]
-        except (OSError, ValueError) as error:
+        except (OSError, UnreadableImage) as error:
             return index, str(error) or type(error).__name__
         return index, views
 
@@ -195,7 +196,7 @@ def view_batches(
     def read(row: int) -> Tensor | None:
         try:
             return images.read(row)
-        except (OSError, ValueError):
+        except (OSError, UnreadableImage):
             return None
 
     with ThreadPoolExecutor(4) as pool:

@@ -163,14 +163,20 @@ def warp(images: Tensor, matrix: Tensor, size: Size, fill: Fill) -> Tensor:
     Returns (B, C, *size). An image that shrinks by 1.5 or more is first averaged over 2x2, 4x4, ... pixels, so that
     its bilinear step shrinks it by 0.75 to 1.5: a mip map with one level per image.
     """
-    moved = (matrix != torch.eye(3)).any(dim=2).any(dim=1)
-    rows = moved.nonzero()[:, 0]
-    # copying most rows out and back costs more than interpolating the others at their own pixels
-    if size == tuple(images.shape[2:]) and len(rows) <= len(images) // 2:
-        if len(rows):
-            some = rows.to(images.device)
-            images[some] = warp(images[some], matrix[rows], size, fill)
+    kept = (matrix == torch.eye(3)).all(dim=2).all(dim=1) & (size == tuple(images.shape[2:]))
+    same, rows = kept.nonzero()[:, 0].to(images.device), (~kept).nonzero()[:, 0]
+    if len(rows) == 0:
         return images
+    if len(rows) <= len(same):  # copying most rows out and back would cost more than interpolating them all
+        some = rows.to(images.device)
+        images[some] = _interpolate(images[some], matrix[rows], size, fill)
+        return images
+    out = _interpolate(images, matrix, size, fill)
+    out[same] = images[same]
+    return out
+
+
+def _interpolate(images: Tensor, matrix: Tensor, size: Size, fill: Fill) -> Tensor:
     levels = _mip_levels(matrix, (images.shape[2], images.shape[3]), size)
     if not bool(levels.any()):
         return _bilinear(images, matrix, size, fill)

@@ -17,7 +17,7 @@ from torch import Tensor
 from deepclust.data.random import uniforms
 from deepclust.data.view_base import Color, Erase, Geometric, Op, Params, Pixel, Size, integers, warp
 from deepclust.data.view_mix import RandomOps
-from deepclust.data.view_ops import make_ops
+from deepclust.data.view_ops import check_augment, make_ops
 from deepclust.data.view_pixels import Identity
 from deepclust.errors import UserError
 from deepclust.signatures import near
@@ -100,6 +100,8 @@ def build_views(augment: Mapping[str, Any], image_set: Images, names: Sequence[s
 
     Raises UserError, with the nearest valid name, for a view, an operation or a parameter that does not exist.
     """
+    if problems := check_augment(augment):
+        raise UserError("\n".join(problems))
     views, built = augment["views"], {}
     for name in dict.fromkeys(names):
         if name not in views:
@@ -224,16 +226,12 @@ def _move(images: Tensor, group: Sequence[_Planned], u: Tensor, target: Size) ->
 def _recolor(images: Tensor, group: Sequence[_Planned], u: Tensor) -> Tensor:
     """One affine map of the channels per image for all colour operations of a group, clamped at the end."""
     gates = [item.gate(u) for item in group]
-    some = torch.stack([gate for gate in gates if gate is not None]).any(dim=0) if None not in gates else None
-    if some is not None and int(some.sum()) <= len(images) // 2:
-        rows = some.nonzero()[:, 0]
-        place = rows.to(images.device)
-        images[place] = _recolor_all(images[place], group, u[rows], [gate if gate is None else gate[rows] for gate in gates])
+    rows = torch.stack([torch.ones(len(u), dtype=torch.bool) if on is None else on for on in gates]).any(dim=0).nonzero()[:, 0]
+    if len(rows) <= len(images) // 2:
+        if len(rows):
+            some = rows.to(images.device)
+            images[some] = _recolor(images[some], group, u[rows])
         return images
-    return _recolor_all(images, group, u, gates)
-
-
-def _recolor_all(images: Tensor, group: Sequence[_Planned], u: Tensor, gates: Sequence[Tensor | None]) -> Tensor:
     size, channels = (images.shape[2], images.shape[3]), images.shape[1]
     pixels = images.flatten(2)
     means = pixels.mean(dim=2)

@@ -51,18 +51,15 @@ def baselines(
     result = Baselines(index)
     if not names:
         return result
-    x = _normalised(as_array(features[index]).astype(np.float32))
-    inputs = dict.fromkeys(names, x)
-    if "pixels" in names and pixels is not None:
-        inputs["pixels"] = as_array(pixels[index]).reshape(len(index), -1).astype(np.float32)
+    x = as_array(features[index]).astype(np.float32)
+    raw = None if pixels is None else as_array(pixels[index]).reshape(len(index), -1).astype(np.float32)
     with _two_threads(), warnings.catch_warnings():
         _silence()
         for name in names:
             start = time.perf_counter()
             try:
-                if name == "pixels" and pixels is None:
-                    raise ValueError("there are no pixels in memory")
-                result.labels[name] = _METHODS[name](_checked(inputs[name], num_clusters), num_clusters, seed % 2**32)
+                rows = _prepared(raw if name == "pixels" else x, num_clusters, normalise=name != "pixels")
+                result.labels[name] = _METHODS[name](rows, num_clusters, seed % 2**32)
             except Exception as error:  # whatever a library raises: a baseline is a comparison, not the run
                 result.labels[name] = None
                 result.reasons[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -80,16 +77,18 @@ def chosen(which: str | Sequence[str]) -> list[str]:
     return list(which)
 
 
-def _normalised(x: np.ndarray) -> np.ndarray:
-    """Rows of (N, D) divided by their length; a zero row stays zero."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-
-
-def _checked(x: np.ndarray, num_clusters: int) -> np.ndarray:
+def _prepared(x: np.ndarray | None, num_clusters: int, normalise: bool) -> np.ndarray:
+    """Rows (n, D) fit for clustering, divided by their length if asked for. Raises ValueError where they are not."""
+    if x is None:
+        raise ValueError("there are no pixels in memory")
     if num_clusters >= len(x):
         raise ValueError(f"{num_clusters} clusters need more than {len(x)} images")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x).all(1)).sum())} of {len(x)} rows are not finite")
+    if normalise:
+        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    if (x == x[0]).all():  # scikit-learn's t-SNE divides by their spread and then ends the whole process
+        raise ValueError("all images have the same features")
     return x
 
 

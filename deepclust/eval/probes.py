@@ -80,7 +80,7 @@ def _fit_linear(x: Tensor, classes: Tensor, num_classes: int, weight_decay: floa
         solver.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, classes) + weight_decay / 2 * weight.square().sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     with torch.enable_grad():
         solver.step(objective)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from deepclust.errors import UserError
-
 from deepclust.settings import LoggerSettings
 
 Level = Literal["info", "warning", "error"]

@@ -87,7 +87,7 @@ def test_arrays_of_every_layout_are_the_same_images() -> None:
         (np.zeros((0, 5, 5)), "at least 2 images"),
         (np.zeros((3, 0, 5)), "at least one pixel"),
         (np.array([0, np.nan, np.inf]).reshape(3, 1, 1), "NaN or infinite pixels in 2 rows, first 1, 2"),
-        (np.array([0.0, 16.0]).reshape(2, 1, 1), "from 0.0 to 16.0; floats must lie in [0, 1]. Rows outside: 1, first 1"),
+        (np.array([0.0, 16.0]).reshape(2, 1, 1), "0.0 to 16.0; floats must lie in [0, 1]. Rows outside: 1, first 1"),
         (np.full((2, 2, 2), -1), "integers must lie in 0..255"),
         (np.zeros((2, 2, 2), complex), "of type complex128"),
     ],

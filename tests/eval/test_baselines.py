@@ -54,7 +54,10 @@ def test_failures_are_reasons() -> None:
 
 
 def test_equal_rows_end_no_run() -> None:
-    found = baselines(np.ones((40, 8), np.float32), 3)
+    found = baselines(np.ones((40, 8), np.float32), 3, pixels=np.ones((40, 4)))
+    assert all(found.labels[name] is None and "same features" in found.reasons[name] for name in NAMES)
+    two = np.eye(2, 8, dtype=np.float32)[np.arange(40) % 2]
+    found = baselines(two, 3)
     assert set(found.labels) == set(NAMES)
     assert all((found.labels[name] is None) == (name in found.reasons) for name in NAMES)
 

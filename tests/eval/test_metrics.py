@@ -36,7 +36,7 @@ def best_by_permutation(predicted: np.ndarray, target: np.ndarray) -> int:
     return hits
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(labelings())
 def test_equals_scikit_learn(labels: tuple[np.ndarray, np.ndarray]) -> None:
     predicted, target = labels
@@ -67,7 +67,7 @@ def test_accuracy_is_the_best_over_all_permutations(labels: tuple[np.ndarray, np
 
 @settings(max_examples=60, deadline=None)
 @given(labelings(), st.permutations(range(5)), st.randoms(use_true_random=False))
-def test_names_and_order_do_not_matter(labels, names, random) -> None:  # noqa: ANN001
+def test_names_and_order_do_not_matter(labels, names, random) -> None:
     predicted, target = labels
     scores = clustering_scores(predicted, target)
     renamed = clustering_scores(np.array(names)[predicted] * 7 + 3, target)
@@ -129,6 +129,6 @@ def test_large_counts_do_not_overflow() -> None:
         (["a", "b"], [0, 1], "whole numbers"),
     ],
 )
-def test_what_is_no_label_is_refused_in_words(predicted, target, words) -> None:  # noqa: ANN001
+def test_what_is_no_label_is_refused_in_words(predicted, target, words) -> None:
     with pytest.raises(ValueError, match=words):
         clustering_scores(predicted, target)

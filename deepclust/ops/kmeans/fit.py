@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepclust.ops.kmeans.assign import backend_for, rows_at_a_time
 from deepclust.ops.kmeans.init import initial_centroids
 from deepclust.ops.kmeans.lloyd import Run, Settings, lloyd
 from deepclust.ops.kmeans.ranks import Ranks
@@ -57,6 +58,7 @@ def kmeans(
     chunk_size: int | None = None,
     seed: int = 0,
     group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
     on_iteration: Callable[[int], None] | None = None,
 ) -> KMeansResult:
     """Exact Lloyd k-means; the N × K distances are never stored.
@@ -76,6 +78,7 @@ def kmeans(
         chunk_size: rows compared with all centroids at one time; chosen to suit the caches when None.
         seed: makes the result repeatable; the global random state is neither read nor changed.
         group: process group whose ranks hold the rows in rank order, `x` being this rank's (it may have none).
+        backend: "auto", or one of "torch" (any device), "numpy" and "faiss" (processors).
         on_iteration: called on every rank with the number of updates done; an exception from it ends the run.
 
     Raises:
@@ -86,11 +89,12 @@ def kmeans(
     ranks = Ranks(group)
     rows = Rows(x, ranks, weights=sample_weights, spherical=spherical)
     start = _check(rows, num_clusters, init, num_iters, tol, num_restarts, empty)
-    chunk = chunk_size or max(256, min(16384, (1 << 20) // num_clusters))
+    chunk = chunk_size or rows_at_a_time(num_clusters, rows.dim)
+    assign = backend_for(backend, rows.device)
     runs = []
     for restart in range(1 if isinstance(start, Tensor) else num_restarts):
         stream = int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
-        settings = Settings(num_iters, tol, empty, stream, chunk, on_iteration)
+        settings = Settings(num_iters, tol, empty, stream, chunk, assign, on_iteration)
         runs.append(lloyd(rows, initial_centroids(rows, num_clusters, start, stream), settings))
     return _result(rows, min(runs, key=lambda run: run.inertia))
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepclust.ops.kmeans.assign import Assign, bias_of
 from deepclust.ops.kmeans.ranks import draw
 from deepclust.ops.kmeans.rows import Rows
-from deepclust.ops.kmeans.step import inertia_of, lloyd_step
+from deepclust.ops.kmeans.step import final_step, lloyd_step
 
 log = logging.getLogger("deepclust")
 
@@ -26,6 +27,7 @@ class Settings:
     empty: str
     seed: int
     chunk_size: int
+    backend: Callable[[Tensor, Tensor | None, int], Assign]
     on_iteration: Callable[[int], None] | None = None
 
 
@@ -47,26 +49,29 @@ def lloyd(rows: Rows, centroids: Tensor, settings: Settings) -> Run:
     if rows.spherical:
         centroids = F.normalize(centroids, dim=1)
     generator = torch.Generator().manual_seed(settings.seed)
-    iteration, num_empty, settled = 0, 0, False
+    iteration, num_empty, settled, still = 0, 0, False, False
     while iteration < settings.num_iters and not settled:
-        packed = lloyd_step(rows, centroids, labels, settings.chunk_size)
+        packed = lloyd_step(rows, _assign(rows, centroids, settings), len(centroids), labels)
         iteration += 1
-        empty = int((packed[:, -1] <= 0).sum())
+        num_empty += int((packed[:, -1] <= 0).sum())
         moved = _move(rows, packed, centroids, settings, generator)
         # One tensor carries rank 0's decision and its centroids.
         decision = torch.cat([moved.flatten(), _travelled(rows, moved, centroids, settings.tol).reshape(1)])
         rows.ranks.broadcast(decision)
+        still = torch.equal(decision[:-1].view_as(centroids), centroids)
         centroids, settled = decision[:-1].view_as(centroids).clone(), bool(decision[-1] == 1)
-        num_empty += empty
         if settings.on_iteration is not None:
             settings.on_iteration(iteration)
-    still = settled and settings.tol == 0
-    if not still:
-        lloyd_step(rows, centroids, labels, settings.chunk_size)
-    inertia, counts = inertia_of(rows, centroids, labels)
+    # Centroids that did not move at all already own their labels.
+    last = None if still else _assign(rows, centroids, settings)
+    inertia, counts = final_step(rows, last, centroids, labels)
     if num_empty:
         log.info("k-means: %d empty clusters met in %d iterations (empty=%s)", num_empty, iteration, settings.empty)
     return Run(centroids, labels, inertia, iteration, counts, num_empty)
+
+
+def _assign(rows: Rows, centroids: Tensor, settings: Settings) -> Assign:
+    return settings.backend(centroids, bias_of(centroids, rows.spherical), settings.chunk_size)
 
 
 def _travelled(rows: Rows, moved: Tensor, centroids: Tensor, tol: float) -> Tensor:

@@ -13,6 +13,8 @@ from deepclust.ops.kmeans.ranks import Ranks
 
 BLOCK_BYTES = 16 << 20
 """A block that must be copied (another dtype, a memory map, a shift) takes at most this much."""
+SLICE = 2048
+"""Rows that stay in the cache while several things are measured on them."""
 
 
 class Rows:
@@ -113,12 +115,15 @@ class Rows:
         bad, unit = [], True
         for start, block in self.blocks():
             self.num = start + len(block)
-            norms = torch.linalg.vector_norm(block, dim=1).double()
-            if not torch.isfinite(norms).all():
-                bad += (start + torch.nonzero(~torch.isfinite(norms * norms)).flatten()).tolist()[: 5 - len(bad)]
-            unit = unit and bool(((norms - 1).abs() < 1e-6).all())
-            moments[:-2] += block.sum(0)
-            moments[-2] += norms.square().sum()
+            for low in range(0, len(block), SLICE):
+                some = block[low : low + SLICE]
+                norms = torch.linalg.vector_norm(some, dim=1).double()
+                if not bool(torch.isfinite(norms).all()):
+                    rows = torch.nonzero(~torch.isfinite(norms)).flatten()[: 5 - len(bad)]
+                    bad += (start + low + rows).tolist()
+                unit = unit and bool(((norms - 1).abs() < 1e-6).all())
+                moments[:-2] += some.sum(0)
+                moments[-2] += norms.square().sum()
             moments[-1] += len(block)
         self.offset, self.total = self.ranks.offset(self.num)
         self._refuse(bad)

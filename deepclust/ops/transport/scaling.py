@@ -20,6 +20,7 @@ from deepclust.ops.transport.shared import all_max, all_sum, wide
 CHUNK_BYTES = 1_048_576  # of the kernel worked on at a time on a CPU, so that a round reads memory once
 EASY_RANGE = 50.0  # of sharpness * benefit in a row: there scales of 1 are a good start
 MEMORY = 8  # differences that Anderson's mixing keeps
+FARTHEST = 30.0  # of an extrapolated move, in plain steps
 
 
 def chunk_rows(num_clusters: int, device: torch.device) -> int:
@@ -123,13 +124,14 @@ class Kernel:
             ends = torch.stack([self.log_rows.amax(), -self.log_rows.amin()])
         ends = all_max(ends, self.group).tolist()
         low, high = odds - ends[1], odds + ends[0]
+        eps = torch.finfo(self.dtype).eps
         y = min(max(self.log_virtual, low), high)
         for _ in range(100):
             virtual = torch.sigmoid(y - self.log_rows)
             sums = all_sum(torch.stack([virtual.sum(), (virtual * (1 - virtual)).sum()]), self.group) / self.total
             share, slope = sums.tolist()
             low, high = (low, y) if share > 1 - mass else (y, high)
-            if abs(share - (1 - mass)) < 1e-14 or high - low <= 1e-15 * max(abs(low), abs(high)):
+            if abs(share - (1 - mass)) <= 8 * eps or high - low <= eps * max(abs(low), abs(high)):
                 break
             newton = math.nan
             if slope > 0 and 0 < share < 1:
@@ -155,7 +157,8 @@ class Mixing:
         point_changes = torch.stack(self.points, 1).diff(dim=1)
         normal = step_changes.T @ step_changes
         normal.diagonal().add_(1e-10 * normal.diagonal().amax() + torch.finfo(normal.dtype).tiny)
-        return self.points[-1] - point_changes @ torch.linalg.solve(normal, step_changes.T @ step)
+        move = step - point_changes @ torch.linalg.solve(normal, step_changes.T @ step)
+        return x + move * min(1.0, float(FARTHEST * step.abs().amax() / move.abs().amax()))
 
 
 @dataclass(frozen=True)
@@ -205,18 +208,20 @@ def balance(
 def _rounds(
     kernel: Kernel, log_scale: Tensor, log_target: Tensor, exponent: float, mass: float, tol: float, max_iters: int
 ) -> Balance:
-    tiny = torch.finfo(torch.float64).tiny
-    mixing, best = Mixing(), math.inf
+    mixing, best, plain_point = Mixing(), math.inf, log_scale
     for round_number in range(1, max_iters + 1):
         shares = kernel.shares(log_scale, mass)
-        step = exponent * (log_target - shares.clamp_min(tiny).log() + log_scale) - log_scale
+        log_shares = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+        step = exponent * (log_target - log_shares) - (1.0 - exponent) * log_scale
         # a common factor of all scales changes no plan: take the one under which the update keeps the mass
-        step -= torch.logsumexp(shares.clamp_min(tiny).log() + step, 0) - math.log(mass)
-        violation = float((shares * step.expm1()).abs().sum()) / mass
+        step -= torch.logsumexp(log_shares + step, 0) - math.log(mass)
+        violation = float(((log_shares + step).exp() - shares).abs().sum()) / mass
         if violation <= tol or round_number == max_iters:
             break
-        if violation > 2 * best:  # an extrapolation led astray: forget, and take a plain step
-            mixing, best = Mixing(), violation
-        best = min(best, violation)
+        if violation > 2 * best:  # an extrapolation led astray: back to the best point, forget, take a plain step
+            mixing, best, log_scale = Mixing(), math.inf, plain_point
+            continue
+        if violation < best:
+            best, plain_point = violation, log_scale + step
         log_scale = mixing.next(log_scale, step)
     return Balance(log_scale, shares, round_number, violation)

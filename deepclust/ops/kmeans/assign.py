@@ -1,0 +1,151 @@
+"""Interchangeable ways of finding every row's nearest centroid: the largest x·c + bias, the lowest index among equals.
+
+Each is a function that takes the centroids once per iteration and gives a function of one block of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Assign = Callable[[Tensor, Tensor], None]
+"""(block (B, D), labels (B,) int64, written)."""
+Gemm = Callable[[Tensor, Tensor], Tensor]
+"""(rows (R, D), scores (R, K) that may be written) → the tensor that holds the scores."""
+
+SWITCH_GAIN = 1.2
+"""Another product must be this much faster than torch's own, so that timing noise does not change the last bits."""
+
+
+def bias_of(centroids: Tensor, spherical: bool) -> Tensor | None:
+    """(K,) −‖c‖²/2, or None where all centroids have length one."""
+    return None if spherical else centroids.square().sum(1).mul_(-0.5)
+
+
+def rows_at_a_time(num_clusters: int, dim: int) -> int:
+    """Rows whose scores stay in the second-level cache; long rows repay the packing of the centroids only in larger lots."""
+    return max(min(4096, (1 << 18) // num_clusters), min(1024, max(256, 2 * dim)))
+
+
+def by_torch(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
+    """Any device and dtype."""
+
+    def assign(block: Tensor, labels: Tensor) -> None:
+        for low in range(0, len(block), chunk_size):
+            rows = block[low : low + chunk_size]
+            scores = torch.mm(rows, centroids.T) if bias is None else torch.addmm(bias, rows, centroids.T)
+            torch.argmax(scores, dim=1, out=labels[low : low + chunk_size])
+
+    return assign
+
+
+def by_numpy(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
+    """Processors: the fastest product at hand and NumPy's argmax, which is vectorised where torch's is not."""
+    scores = torch.empty(chunk_size, len(centroids), dtype=centroids.dtype)
+    gemm = fastest_gemm(centroids, bias, chunk_size)
+
+    def assign(block: Tensor, labels: Tensor) -> None:
+        out = labels.numpy()
+        for low in range(0, len(block), chunk_size):
+            rows = block[low : low + chunk_size]
+            np.argmax(gemm(rows, scores[: len(rows)]).numpy(), axis=1, out=out[low : low + len(rows)])
+
+    return assign
+
+
+def by_faiss(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
+    """faiss's exact flat search (float32, processor)."""
+    import faiss
+
+    index = (faiss.IndexFlatIP if bias is None else faiss.IndexFlatL2)(centroids.shape[1])
+    index.add(centroids.float().numpy())  # pyright: ignore[reportCallIssue]
+
+    def assign(block: Tensor, labels: Tensor) -> None:
+        found = index.search(block.float().numpy(), 1)[1]  # pyright: ignore[reportCallIssue]
+        labels.copy_(torch.from_numpy(found[:, 0]))
+
+    return assign
+
+
+def backend_for(name: str, device: torch.device) -> Callable[[Tensor, Tensor | None, int], Assign]:
+    """The backend called `name`; "auto" takes the fastest that is exact on this device.
+
+    Raises:
+        ValueError: unknown name, or one that does not work here.
+    """
+    if name == "auto":
+        name = "numpy" if device.type == "cpu" else "torch"
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
+    if name in ("numpy", "faiss") and device.type != "cpu":
+        raise ValueError(f"backend={name!r}: works on the processor, the rows are on {device}")
+    if name == "faiss" and find_spec("faiss") is None:
+        raise ValueError("backend='faiss': faiss is not installed; `pip install faiss-cpu`, or choose another backend")
+    return BACKENDS[name]
+
+
+BACKENDS = {"torch": by_torch, "numpy": by_numpy, "faiss": by_faiss}
+
+
+def fastest_gemm(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Gemm:
+    """Scores by the product that a short trial found fastest for this shape; torch's own where results must repeat."""
+    candidates = _gemms(centroids, bias)
+    if torch.are_deterministic_algorithms_enabled() or centroids.dtype != torch.float32:
+        return candidates["torch"]
+    shape = (chunk_size, *centroids.T.shape)
+    return candidates[_trial(shape, bias is not None, torch.get_num_threads())]
+
+
+def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
+    array = centroids.numpy()
+
+    def shifted(scores: Tensor) -> Tensor:
+        return scores if bias is None else scores.add_(bias)
+
+    def with_torch(rows: Tensor, scores: Tensor) -> Tensor:
+        return shifted(torch.mm(rows, centroids.T, out=scores))
+
+    def with_numpy(rows: Tensor, scores: Tensor) -> Tensor:
+        np.dot(rows.numpy(), array.T, out=scores.numpy())
+        return shifted(scores)
+
+    def with_onednn(rows: Tensor, scores: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, centroids, bias, "none", [], "")
+
+    gemms = {"torch": with_torch, "numpy": with_numpy}
+    # A private operator: any torch may lack it.
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        gemms["onednn"] = with_onednn
+    return gemms
+
+
+@functools.lru_cache(maxsize=256)
+def _trial(shape: tuple[int, int, int], biased: bool, num_threads: int) -> str:
+    """Name of the fastest product for (rows, D, K), by the best of a few interleaved runs on the given thread count."""
+    num_rows, dim, num_clusters = shape
+    rows, scores = torch.ones(num_rows, dim), torch.empty(num_rows, num_clusters)
+    gemms = _gemms(torch.ones(num_clusters, dim), torch.ones(num_clusters) if biased else None)
+    expected = torch.full_like(scores, dim + biased)
+    best: dict[str, float] = {}
+    for name, gemm in gemms.items():
+        try:
+            if torch.equal(gemm(rows, scores), expected):
+                best[name] = float("inf")
+        except RuntimeError:
+            continue
+    deadline = time.perf_counter() + 0.02
+    for turn in range(8):
+        for name in best:
+            began = time.perf_counter()
+            gemms[name](rows, scores)
+            best[name] = min(best[name], time.perf_counter() - began)
+        if turn >= 2 and time.perf_counter() > deadline:
+            break
+    fastest = min(best, key=lambda name: best[name])
+    return fastest if best["torch"] > SWITCH_GAIN * best[fastest] else "torch"
