@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,13 +101,13 @@ def help_text() -> str:
     """The page for `--help`: what can be chosen, examples, where results go."""
     from deepclust.config import options
 
-    lines = []
+    lines: list[str] = []
     for group in LISTED:
-        found = options(group)
-        for place, (name, description) in enumerate(found):
-            lines.append(f"  {f'{group}=' if place == 0 else '':<12}{name:<16} {description}".rstrip())
-    commands = "\n".join(f"  deepclust {usage:<34} {text}" for _, usage, text in COMMANDS.values())
-    return HELP.format(choices="\n".join(lines), commands=commands)
+        for place, (name, description) in enumerate(options(group)):
+            first = f"  {f'{group}=' if place == 0 else '':<12}{name:<19} "
+            lines += textwrap.wrap(first + description, 118, subsequent_indent=" " * len(first), drop_whitespace=False)
+    commands = "\n".join(f"  deepclust {usage:<38} {text}" for _, usage, text in COMMANDS.values())
+    return HELP.format(choices="\n".join(map(str.rstrip, lines)), commands=commands)
 
 
 # --- train ----------------------------------------------------------------------------------------------------------

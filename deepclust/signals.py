@@ -75,10 +75,24 @@ class StopRequest:
 
 
 def ignore_in_worker(worker_id: int = 0) -> None:
-    """For a loader's `worker_init_fn`: a data worker ignores the stop signals and dies with the process it serves."""
+    """For a loader's `worker_init_fn`: a data worker ignores the stop signals and dies with the process it serves.
+
+    SIGTERM is obeyed if that process sends it: `multiprocessing` ends its workers so when it exits, and waits for them.
+    Where the system does not tell the sender (macOS) SIGTERM is left as it is.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
     die_with_parent()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def die_with_parent() -> None:

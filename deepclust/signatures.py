@@ -7,9 +7,7 @@ annotation becomes a kind (`deepclust.kinds`) that reads values.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
-import importlib.util
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +19,12 @@ from typing import Any, get_args
 from deepclust import schema
 from deepclust.errors import UserError
 from deepclust.kinds import Anything, Choice, Either, Flag, Items, Kind, Nothing, Number, Refused, Table, Text
+from deepclust.sources import TargetError, definitions, imports, near, parse, siblings, source
 
-PACKAGE = Path(__file__).resolve().parent
 INJECTED = ("dim", "num_clusters", "num_samples", "in_channels", "image_size", "group")
 """Names that the program fills in where a signature asks for them without a default."""
 OWN_HOMES = ("deepclust.heads", "deepclust.backbones", "deepclust.data")
 LIBRARY_HOMES = ("torch.nn", "torch.optim", "torchvision", "timm")
-
-
-class TargetError(UserError):
-    """A `_target_` that may not be built, or that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -64,63 +58,7 @@ class Signature:
     parameters: Mapping[str, Parameter]
 
 
-def near(word: str, words: Iterable[str]) -> str | None:
-    """The names that are one typing slip away (joined by "or"), else the most similar name, else None."""
-    names = list(words)
-    slips = [name for name in names if _one_slip(word, name)]
-    return " or ".join(slips[:3] or difflib.get_close_matches(word, names, 1, 0.6)) or None
-
-
-def _one_slip(a: str, b: str) -> bool:
-    """Whether one letter was left out, added, changed, or swapped with its neighbour."""
-    if abs(len(a) - len(b)) > 1 or a == b:
-        return False
-    same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    a, b = a[same:], b[same:]
-    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[1::-1] and a[2:] == b[2:])
-
-
-# --- reading source files -------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _parse(path: Path, stamp: int) -> ast.Module:
-    """The syntax tree of a file; `stamp` (its time of change) renews the cache."""
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def parse(path: Path) -> ast.Module:
-    """The syntax tree of a source file. Raises TargetError where it is not valid Python."""
-    try:
-        return _parse(path, path.stat().st_mtime_ns)
-    except (SyntaxError, ValueError, OSError) as error:
-        raise TargetError(f"{path} cannot be read as Python: {error}") from None
-
-
-def source(module: str) -> Path | None:
-    """The file of a module, found without importing it or any of its parents; None where there is none."""
-    top, *rest = module.split(".")
-    if top == "deepclust":
-        folders: Sequence[str] = [str(PACKAGE)]
-    else:
-        spec = importlib.util.find_spec(top)
-        if spec is None:
-            return None
-        if not rest and spec.origin and spec.origin.endswith(".py"):
-            return Path(spec.origin)
-        folders = list(spec.submodule_search_locations or [])
-    for folder in folders:
-        base = Path(folder, *rest)
-        for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-    return None
-
-
-def definitions(path: Path) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    """Public classes and functions written in a file, by name."""
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    return {node.name: node for node in parse(path).body if isinstance(node, kinds) and not node.name.startswith("_")}
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def signature(target: str) -> Signature:
@@ -131,7 +69,7 @@ def signature(target: str) -> Signature:
     module, _, name = target.rpartition(".")
     path = source(module)
     if path is None:
-        raise TargetError(f"there is no module {module}{_hint(near(module.rpartition('.')[2], _siblings(module)))}")
+        raise TargetError(f"there is no module {module}{_hint(near(module.rpartition('.')[2], siblings(module)))}")
     if name not in definitions(path):
         raise TargetError(f"no class or function {name} is written in {module}{_hint(near(name, definitions(path)))}")
     return _signature(target, path, path.stat().st_mtime_ns)
@@ -140,14 +78,6 @@ def signature(target: str) -> Signature:
 @lru_cache(maxsize=256)
 def _signature(target: str, path: Path, stamp: int) -> Signature:
     return Signature(target, _parameters(definitions(path)[target.rpartition(".")[2]], path))
-
-
-def _siblings(module: str) -> list[str]:
-    parent = module.rpartition(".")[0]
-    path = source(parent) if parent else None
-    if path is None or path.name != "__init__.py":
-        return []
-    return [file.stem for file in sorted(path.parent.glob("*.py")) if not file.stem.startswith("_")]
 
 
 def _hint(word: str | None) -> str:
@@ -174,7 +104,7 @@ def _inherited(node: ast.ClassDef, path: Path) -> dict[str, Parameter]:
         name = ast.unparse(base)
         if name in definitions(path):
             return _parameters(definitions(path)[name], path)
-        home = _imports(path).get(name)
+        home = imports(path).get(name)
         file = source(home.rpartition(".")[0]) if home else None
         if home and file and home.rpartition(".")[2] in definitions(file):
             return _parameters(definitions(file)[home.rpartition(".")[2]], file)
@@ -188,13 +118,6 @@ def _arguments(arguments: ast.arguments, path: Path) -> dict[str, Parameter]:
     for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
         found[arg.arg] = Parameter(_kind(arg.annotation, path), default is not None)
     return found
-
-
-@lru_cache(maxsize=256)
-def _imports(path: Path) -> dict[str, str]:
-    """Names that a file imports from elsewhere, to their full names."""
-    nodes = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom) and node.module]
-    return {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
 
 
 # --- annotations to kinds -------------------------------------------------------------------------------------------
@@ -243,7 +166,7 @@ def _named(name: str, path: Path) -> Kind:
     found = definitions(path).get(name)
     if isinstance(found, ast.ClassDef) and any("dataclass" in ast.unparse(item) for item in found.decorator_list):
         return Section(Signature(name, _parameters(found, path)))
-    home = _imports(path).get(name, "")
+    home = imports(path).get(name, "")
     file = source(home.rpartition(".")[0]) if home.startswith("deepclust.") else None
     return _named(home.rpartition(".")[2], file) if file and file != path else Node()
 

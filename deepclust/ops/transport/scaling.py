@@ -20,7 +20,7 @@ from deepclust.ops.transport.shared import all_max, all_sum, wide
 CHUNK_BYTES = 1_048_576  # of the kernel worked on at a time on a CPU, so that a round reads memory once
 EASY_RANGE = 50.0  # of sharpness * benefit in a row: there scales of 1 are a good start
 MEMORY = 8  # differences that Anderson's mixing keeps
-FARTHEST = 30.0  # of an extrapolated move, in plain steps
+FARTHEST = 100.0  # of an extrapolated move, in plain steps
 
 
 def chunk_rows(num_clusters: int, device: torch.device) -> int:
@@ -199,8 +199,8 @@ def balance(
         last = level == sharpness
         start = result.log_scale * (level / previous)
         kernel.absorb(start, level)
-        left = max_iters - rounds if last else min(20, max_iters - rounds - 1)
-        result = _rounds(kernel, start, log_target, exponent, mass, tol if last else max(tol, 1e-2), left)
+        left = max_iters - rounds if last else min(50, max_iters - rounds - 1)
+        result = _rounds(kernel, start, log_target, exponent, mass, tol if last else max(tol, 1e-3), left)
         rounds += result.num_iters
     return Balance(result.log_scale, result.shares, rounds, result.violation)
 

@@ -1,0 +1,73 @@
+"""Small whole runs, for tests of what a run promises: 60 digits, two epochs a stage, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepclust import checkpoint
+from deepclust.config import load
+from deepclust.data.datasets import digits, from_arrays
+from deepclust.data.image_set import ImageData
+from deepclust.recipe import train
+
+SMALL = (
+    "trainer.batch_size=20",
+    "trainer.num_threads=1",
+    "trainer.num_workers=0",
+    "trainer.log_every_steps=1",
+    "trainer.epochs=2",
+    "backbone.width=8",
+    "stages.pretext.trainer.epochs=2",
+    "stages.pretext.optim.warmup_steps=2",
+    "stages.scan.trainer.epochs=2",
+    "stages.scan.head.num_neighbors=5",
+    "stages.selflabel.trainer.epochs=2",
+    "checkpoint.every_steps=2",
+    "eval.baselines=none",
+    "eval.probes=false",
+    "eval.gallery_images=2",
+    "logger.console=false",
+)
+RESULTS = ("model.safetensors", "clusters.csv")
+
+
+def pixels(count: int = 60) -> np.ndarray:
+    """(count, 1, 8, 8) uint8: the first digits."""
+    return digits().train.images[:count].numpy()  # pyright: ignore[reportOptionalSubscript]
+
+
+def small_data(count: int = 60, labels: Sequence[int] | None = None) -> ImageData:
+    """The first digits, with the given labels or none."""
+    return from_arrays(pixels(count), labels)
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    """The configuration of a small run in `folder`."""
+    return [*SMALL, "num_clusters=4", f"run.dir={folder}", *more]
+
+
+def small_run(folder: Path, *more: str, data: ImageData | None = None) -> int:
+    """Runs it in this process; the exit code."""
+    return train(load(words(folder, *more)), data or small_data())
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """status.json."""
+    return json.loads((folder / "status.json").read_text())
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on where it was stopped: bytes, digests and figures."""
+    ends: dict[str, Any] = {}
+    for path in checkpoint.listing(folder / "checkpoints"):
+        if checkpoint.manifest(path)["meta"]["finished"]:
+            ends[path.parent.name] = checkpoint.digest(path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["images_per_second"]
+    return {**{name: (folder / name).read_bytes() for name in RESULTS}, "ends": ends, "metrics": rows}

@@ -1,0 +1,194 @@
+"""The command line: help for people, exit codes, plain words instead of tracebacks, nothing heavy imported for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deepclust import cli
+from deepclust.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, main
+from deepclust.config import RunConfig
+from deepclust.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def trained(monkeypatch) -> Callable[[Callable[[RunConfig], int]], list[RunConfig]]:
+    """Puts a stand-in for `deepclust.recipe.train`; the list collects what it was called with."""
+
+    def use(train: Callable[[RunConfig], int]) -> list[RunConfig]:
+        calls: list[RunConfig] = []
+
+        def record(config: RunConfig) -> int:
+            calls.append(config)
+            return train(config)
+
+        monkeypatch.setitem(sys.modules, "deepclust.recipe", types.SimpleNamespace(train=record))
+        return calls
+
+    return use
+
+
+def test_help_list_and_refusals_import_nothing_heavy():
+    code = """
+import sys
+from deepclust.cli import main
+assert main(["train", "--help"]) == 0 and main(["list", "head"]) == 0 and main(["train", "--cfg", "seed=3"]) == 0
+assert main(["train", "optim.lr=abc", "head=simlcr"]) == 2 and main(["lits"]) == 2
+heavy = {"torch", "torchvision", "timm", "wandb", "matplotlib", "sklearn", "scipy", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean simclr" in done.stderr and "Traceback" not in done.stderr and "seed: 3" in done.stdout
+
+
+def test_train_py_is_the_same_command():
+    done = subprocess.run([sys.executable, "train.py", "sed=1"], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == BAD_INPUT and "did you mean seed?" in done.stderr and done.stdout == ""
+
+
+def test_help_names_every_option_and_only_commands_that_exist(capsys):
+    from deepclust.compose import options
+
+    assert main([]) == OK
+    text = capsys.readouterr().out
+    for group in cli.LISTED:
+        for name, description in options(group):
+            assert name in text and description in " ".join(text.split())
+    assert all(len(line) <= 120 for line in text.splitlines())
+    named = {
+        line.split()[1] for line in text.partition("Other commands")[2].splitlines() if line.startswith("  deepclust")
+    }
+    assert named == set(cli.COMMANDS)
+
+
+def test_examples_of_the_help_are_valid(tmp_path, trained):
+    calls = trained(lambda config: OK)
+    lines = [
+        line.strip() for line in cli.HELP.splitlines() if line.strip().startswith("python train.py") and "[" not in line
+    ]
+    examples = [line.partition("   ")[0].split()[2:] for line in lines]
+    assert len(examples) == 5
+    for words in examples:
+        assert main(["train", *(word.replace("PHOTOS", str(tmp_path)) for word in words)]) == OK
+    assert len(calls) == 7 and {config.seed for config in calls[-3:]} == {0, 1, 2}
+
+
+def test_codes_of_a_run_are_passed_on(trained):
+    trained(lambda config: 143)
+    assert main(["train"]) == 143
+
+
+def test_user_errors_and_interrupts_are_plain_words(trained, capsys):
+    def refuse(config: RunConfig) -> int:
+        raise UserError("data.root=/nowhere: there is no such folder")
+
+    def stop(config: RunConfig) -> int:
+        raise KeyboardInterrupt
+
+    trained(refuse)
+    assert main(["train"]) == BAD_INPUT
+    assert capsys.readouterr().err == "data.root=/nowhere: there is no such folder\n"
+    trained(stop)
+    assert main(["train"]) == INTERRUPTED and "Ctrl-C" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_is_one_line_and_its_traceback_is_in_the_log(trained, capsys, tmp_path):
+    def fail(config: RunConfig) -> int:
+        config.folder().mkdir()
+        raise ZeroDivisionError("so\nit is")
+
+    trained(fail)
+    assert main(["train", f"run.root={tmp_path}"]) == FAILED
+    said = capsys.readouterr().err
+    log = tmp_path / "scan-digits-0/log.txt"
+    assert "failed: ZeroDivisionError: so it is (test_cli.py, line" in said and str(log) in said
+    assert "Traceback" not in said and "Traceback" in log.read_text()
+    (tmp_path / "scan-digits-0/log.txt").unlink()
+    (tmp_path / "scan-digits-0").rmdir()
+    assert main(["train", f"run.root={tmp_path}", "run.traceback=true"]) == FAILED
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_only_the_first_rank_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "sed=1"]) == BAD_INPUT and capsys.readouterr().err == ""
+
+
+def test_sweeps_run_in_folders_of_their_own_and_stop_at_a_fault(trained, capsys, monkeypatch):
+    calls = trained(lambda config: OK if config.tree["optim"]["momentum"] < 0.6 else FAILED)
+    assert main(["train", "-m", "optim.momentum=0.5,0.6,0.7"]) == FAILED
+    names = [str(config.folder()) for config in calls]
+    assert names == ["outputs/scan-digits-0-optim.momentum-0.5", "outputs/scan-digits-0-optim.momentum-0.6"]
+    assert main(["train", "-m", "seed=0,-1", "optim.lrr=1"]) == BAD_INPUT and len(calls) == 2
+    said = capsys.readouterr().err
+    assert "seed=-1" in said and said.count("optim.lrr") == 1
+    assert main(["train", "-m", "seed=0,1", "run.name=same"]) == BAD_INPUT
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "-m", "seed=0,1"]) == BAD_INPUT
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["trian"], "did you mean train?"),
+        (["seed=1"], "deepclust train seed=1"),
+        (["train", "--confg"], "did you mean --cfg?"),
+        (["train", "--config-dir"], "expected one argument"),
+        (["list"], "groups are"),
+        (["list", "haed"], "did you mean head?"),
+        (["checkpoint", "verfy", "x"], "verify"),
+        (["checkpoint", "verify", "nowhere"], "there is no such checkpoint"),
+        (["predict", "nowhere", "nothing"], "nowhere: there is no such file or folder"),
+        (["doctor", "x"], "takes no arguments"),
+    ],
+)
+def test_wrong_words_are_answered(words, part, capsys):
+    assert main(words) == BAD_INPUT
+    assert part in capsys.readouterr().err
+
+
+def test_list_shows_further_groups_too(tmp_path, capsys):
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/mine.yaml").write_text("# My own\n_target_: mine.Mine\n")
+    assert main(["list", "head", "--config-dir", str(tmp_path)]) == OK
+    text = capsys.readouterr().out
+    assert "mine                 My own" in text and "simclr" in text
+
+
+def test_doctor_says_what_is_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == OK
+    text = capsys.readouterr().out
+    assert all(f" {what} " in text for what in ("python", "packages", "conf", "device", "bfloat16", "threads", "disk"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_verified_and_digested(tmp_path, capsys):
+    import torch
+
+    from deepclust.checkpoint import save
+
+    path = save(
+        tmp_path,
+        "0-a/step-00000001",
+        {"model": {"w": torch.arange(4.0)}, "rng": {"cpu": torch.zeros(2)}},
+        {"stage": "a"},
+    )
+    assert main(["checkpoint", "verify", str(path)]) == OK
+    assert main(["checkpoint", "digest", str(path)]) == OK
+    text = capsys.readouterr().out
+    assert "whole" in text and "model" in text and "rng" in text
+    victim = next(file for file in path.rglob("*") if file.is_file() and "model" in file.name)
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(bytes(data))
+    assert main(["checkpoint", "verify", str(path)]) == FAILED
+    assert "model" in capsys.readouterr().out
