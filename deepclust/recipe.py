@@ -194,12 +194,13 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
         network.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network.backbone)
     names = dict.fromkeys(["clean", *(view.augment for view in network.head.views)])
     view = _view(run, stage, network)
-    seen = dataclasses.replace(images, mean=tuple(view["mean"]), std=tuple(view["std"]))
+    size = view["view_size"] if isinstance(view["view_size"], list) else [view["view_size"]] * 2
+    seen = dataclasses.replace(images, size=tuple(size), mean=tuple(view["mean"]), std=tuple(view["std"]))
     return Trainer(
         network.backbone,
         network.head,
         images,
-        build_views({**stage.augment, "size": view["view_size"]}, seen, list(names)),
+        build_views({**stage.augment, "size": None}, seen, list(names)),
         settings=stage.trainer,
         optim=stage.optim,
         seed=config.seed,

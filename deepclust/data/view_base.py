@@ -172,7 +172,8 @@ def warp(images: Tensor, matrix: Tensor, size: Size, fill: Fill) -> Tensor:
         images[some] = _interpolate(images[some], matrix[rows], size, fill)
         return images
     out = _interpolate(images, matrix, size, fill)
-    out[same] = images[same]
+    if len(same):
+        out[same] = images[same]
     return out
 
 

@@ -85,7 +85,8 @@ class Grayscale(Color):
 def hue_matrix(turn: Tensor, means: Tensor) -> Tensor:
     """A turn of the colour cube about its grey diagonal by `turn` (B,) of a full circle.
 
-    HSV's hue shift walks a hexagon where this walks a circle: they agree at every third of the circle and for greys.
+    Linear, so that it is part of the one colour matrix, as in DALI's pipelines; HSV's hue shift walks a hexagon where this
+    walks a circle. They agree for greys and at every third of the circle, and change an image by about as much between.
     """
     if means.shape[1] == 1:
         return scaled(torch.ones_like(turn), means)

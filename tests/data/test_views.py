@@ -107,7 +107,7 @@ def test_views_of_one_image_differ_by_slot(name: str):
 
 # --- each operation: the two engines, given the same key, look alike
 
-TOLERANCE = {"equalize": 0.03, "color_jitter": 0.02, "random_resized_crop": 0.01, "resize": 0.01, "auto_contrast": 0.01}
+TOLERANCE = {"equalize": 0.03, "color_jitter": 0.04, "random_resized_crop": 0.01, "resize": 0.01, "auto_contrast": 0.01}
 
 
 def needed(name: str) -> Mapping[str, Any]:
@@ -228,7 +228,7 @@ def test_a_crop_may_have_its_own_size():
 
 def recolored(op: Any, params: dict[str, float], images: Tensor) -> Tensor:
     """Float images under a colour op with given parameters, not clamped."""
-    values = {name: torch.tensor([value]) for name, value in params.items()}
+    values = {name: torch.full((len(images),), value) for name, value in params.items()}
     matrix = op.matrix(values, images.mean(dim=(2, 3)))
     return (matrix[:, :-1, :-1] @ images.flatten(2) + matrix[:, :-1, -1:]).view_as(images)
 
@@ -258,9 +258,9 @@ def test_hue_is_torchvisions_at_thirds_and_near_it_between():
     for turn in (-1 / 3, 0.0, 1 / 3):
         torch.testing.assert_close(hue_shifted(images, turn), TF.adjust_hue(images, turn), atol=1e-4, rtol=0)
     for turn in (-0.1, 0.05, 0.1):
-        difference = (hue_shifted(images, turn) - TF.adjust_hue(images, turn)).abs().mean()
-        change = (images - TF.adjust_hue(images, turn)).abs().mean()
-        assert difference < 0.25 * change
+        ours, theirs = hue_shifted(images, turn).clamp(0, 1) - images, TF.adjust_hue(images, turn) - images
+        assert 0.8 < ours.abs().mean() / theirs.abs().mean() < 1.3
+        assert F.cosine_similarity(ours.flatten(1), theirs.flatten(1)).mean() > 0.7
 
 
 def test_jitter_is_its_four_parts_in_order():
@@ -331,7 +331,8 @@ def test_noise_is_normal_and_new_for_each_image():
 
 
 def draws(op: Any, count: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in op.draw(uniforms(keys(count), op.draws), size).items()}
+    drawn = op.draw(uniforms(keys(count), op.draws), size)
+    return {name: value.double().numpy() for name, value in drawn.items()}
 
 
 def same_distribution(ours: np.ndarray, theirs: np.ndarray) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Assign = Callable[[Tensor, Tensor], None]
 """(block (B, D), labels (B,) int64, written)."""
+Backend = Callable[[Tensor, "Tensor | None", int], Assign]
+"""(centroids (K, D), bias (K,) or None, rows at a time)."""
 Gemm = Callable[[Tensor, Tensor], Tensor]
 """(rows (R, D), scores (R, K) that may be written) → the tensor that holds the scores."""
 
@@ -73,7 +75,7 @@ def by_faiss(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
     return assign
 
 
-def backend_for(name: str, device: torch.device) -> Callable[[Tensor, Tensor | None, int], Assign]:
+def backend_for(name: str, device: torch.device) -> Backend:
     """The backend called `name`; "auto" takes the fastest that is exact on this device.
 
     Raises:
@@ -90,7 +92,7 @@ def backend_for(name: str, device: torch.device) -> Callable[[Tensor, Tensor | N
     return BACKENDS[name]
 
 
-BACKENDS = {"torch": by_torch, "numpy": by_numpy, "faiss": by_faiss}
+BACKENDS: dict[str, Backend] = {"torch": by_torch, "numpy": by_numpy, "faiss": by_faiss}
 
 
 def fastest_gemm(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Gemm:

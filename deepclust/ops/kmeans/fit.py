@@ -95,7 +95,7 @@ def kmeans(
     for restart in range(1 if isinstance(start, Tensor) else num_restarts):
         stream = int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
         settings = Settings(num_iters, tol, empty, stream, chunk, assign, on_iteration)
-        runs.append(lloyd(rows, initial_centroids(rows, num_clusters, start, stream), settings))
+        runs.append(lloyd(rows, initial_centroids(rows, num_clusters, start, stream, assign), settings))
     return _result(rows, min(runs, key=lambda run: run.inertia))
 
 

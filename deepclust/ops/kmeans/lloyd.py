@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepclust.ops.kmeans.assign import Assign, bias_of
+from deepclust.ops.kmeans.assign import Assign, Backend, bias_of
 from deepclust.ops.kmeans.ranks import draw
 from deepclust.ops.kmeans.rows import Rows
 from deepclust.ops.kmeans.step import final_step, lloyd_step
@@ -27,7 +27,7 @@ class Settings:
     empty: str
     seed: int
     chunk_size: int
-    backend: Callable[[Tensor, Tensor | None, int], Assign]
+    backend: Backend
     on_iteration: Callable[[int], None] | None = None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.transport.scaling import Balance, Kernel, balance, chunk_rows
-from deepclust.ops.transport.shared import all_sum, exact, wide
+from deepclust.ops.transport.shared import all_max, all_sum, exact, wide
 
 PAPER_PERIOD = 10  # the paper looks at its error every tenth iteration
 
@@ -67,9 +67,7 @@ def self_label(
     labels, cost = _labels(kernel, chunks, solution.log_scale)
     log_cluster_scale = solution.log_scale.to(kernel.log_rows)
     log_sample_scale = -kernel.log_rows - math.log(kernel.total)
-    return SelfLabelResult(
-        labels, solution.num_iters, cost, log_cluster_scale, log_sample_scale, solution.violation
-    )
+    return SelfLabelResult(labels, solution.num_iters, cost, log_cluster_scale, log_sample_scale, solution.violation)
 
 
 def _chunks(log_probs: Tensor | Callable[[], Iterable[Tensor]]) -> Callable[[], Iterable[Tensor]]:
