@@ -258,8 +258,8 @@ def predict(words: list[str]) -> int:
             raise UserError(f"{path}: there is no such file or folder")
     from deepclust.predict import predict as predict_images
 
-    predict_images(asked.run, asked.images, asked.out, asked.trust)
-    return OK
+    clustered, _ = predict_images(asked.run, asked.images, asked.out, asked.trust)
+    return OK if clustered else BAD_INPUT
 
 
 def doctor(words: list[str]) -> int:

@@ -34,13 +34,14 @@ class ConfigError(UserError):
 class Composed:
     """tree: plain containers. choices: group (`group@place` where it is not its own) to option.
 
-    stages: the names of stages that the recipe has. picked: groups that the command line chose.
+    stages: the names of stages that the recipe has. picked: groups that the command line chose. given: keys it set.
     """
 
     tree: dict[str, Any]
     choices: dict[str, str]
     stages: list[str]
     picked: dict[str, str]
+    given: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -95,7 +96,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> tuple
             raise ConfigError([*problems, _plain(error, config_dirs)]) from None
     for key, value in words.values:
         _put(config, key, value, problems)
-    return Composed(_resolved(config, problems), choices, stages, words.groups), problems
+    given = [key for key, _ in words.values]
+    return Composed(_resolved(config, problems), choices, stages, words.groups, given), problems
 
 
 def sweeps(overrides: Sequence[str]) -> list[list[str]]:
@@ -128,13 +130,13 @@ def _sort(overrides: Sequence[str], config_dirs: Sequence[Path], problems: list[
     for word in overrides:
         override = _parse(word)
         if word.startswith("~"):
-            problems.append(f"{word}: keys cannot be removed; set the key to null where that is allowed")
+            problems.append(f"{show(word)}: keys cannot be removed; set the key to null where that is allowed")
         elif override is None:
-            problems.append(f"{word}: cannot be read; {GRAMMAR}")
+            problems.append(f"{show(word)}: cannot be read; {GRAMMAR}")
         elif override.is_sweep_override():
-            problems.append(f"{word}: several values need -m (--multirun); a list is written [a,b]")
+            problems.append(f"{show(word)}: several values need -m (--multirun); a list is written [a,b]")
         elif override.key_or_group.partition(".")[0] == "hydra":
-            problems.append(f"{word}: Hydra's own keys are not used here; see --help")
+            problems.append(f"{show(word)}: Hydra's own keys are not used here; see --help")
         else:
             _sort_one(override, names, words, config_dirs, problems)
     if words.groups.get("head", "null") != "null":
@@ -152,14 +154,14 @@ def _sort_one(
         if override.package is None:
             words.values.append((key, value))
         else:
-            problems.append(f"{override.input_line}: there is no group {key}; groups are {', '.join(names)}")
+            problems.append(f"{show(override.input_line)}: there is no group {key}; groups are {', '.join(names)}")
         return
     place = key if nested else override.package
     chosen = "null" if value is None else str(value)
     known = [name for name, _ in options(group, config_dirs)]
     where = f"{group}@{place}" if place and place != group else group
     if chosen != "null" and chosen not in known:
-        problems.append(f"{override.input_line}: {_no_option(group, chosen, known)}")
+        problems.append(f"{show(override.input_line)}: {_no_option(group, chosen, known)}")
         chosen = near(chosen, known) or ""
     if chosen:
         words.groups[where] = chosen

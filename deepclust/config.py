@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from deepclust import settings
 from deepclust.compose import Composed, ConfigError, compose, options
 from deepclust.data.view_ops import check_augment
+from deepclust.run_folder import choose_path
 from deepclust.signatures import check_arguments, check_node, resolve, show, signature, unknown_key
 
 __all__ = ["ConfigError", "RunConfig", "Stage", "build", "differences", "load", "options"]
@@ -35,7 +37,7 @@ NODES = {"data": "deepclust.data", "backbone": "deepclust.backbones", "head": "d
 JOB = signature("deepclust.settings.JobSettings")
 TOP = (*JOB.parameters, *SECTIONS, "augment", *NODES, "stages")
 STAGE = ("head", "optim", "augment", "trainer")
-NO_EFFECT = ("trainer.num_workers", "trainer.log_every_steps", "trainer.eval_every_epochs", "trainer.max_steps")
+NO_EFFECT = ("trainer.num_workers", "trainer.log_every_steps", "trainer.eval_every_epochs")
 """Keys of a stage that change how long or how chattily it runs, not what comes out."""
 _ABSENT = object()
 
@@ -96,8 +98,8 @@ class RunConfig:
         return "-".join(str(part) for part in [*parts, self.seed] if part is not None)
 
     def folder(self) -> Path:
-        """Where the run lives: `run.dir`, else `run.root` / name."""
-        return Path(self.run.dir) if self.run.dir is not None else Path(self.run.root) / self.name()
+        """Where the run lives: `run.dir`, else `run.root` / name. Raises UserError for what is no path."""
+        return choose_path(self.run.root, self.name(), self.run.dir)
 
 
 def load(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> RunConfig:
@@ -207,6 +209,7 @@ def _check(composed: Composed, overrides: Sequence[str], problems: list[str]) ->
     if problems:
         return None
     _check_relations(stages, problems)
+    _check_given_is_used(composed, problems)
     if problems:
         return None
     made = {key: SETTINGS[key](**read[key]) for key in ("run", "checkpoint", "distributed", "eval")}
@@ -338,10 +341,20 @@ def _check_places(job: Mapping[str, Any], read: Mapping[str, dict[str, Any]], pr
         allowed = "letters, digits, dots, _ and -, at most 200 of them"
         problems.append(f"run.name={show(name)}: must be {allowed}; run.dir=PATH takes any folder")
     resume = job.get("resume")
-    if resume is not None and resume not in ("auto", "never") and not Path(resume).exists():
+    if resume is not None and resume not in ("auto", "never") and not os.path.exists(os.path.expanduser(resume)):
         problems.append(
             f"resume={show(resume)}: must be auto, never or the path of a checkpoint; there is no such file or folder"
         )
+
+
+def _check_given_is_used(composed: Composed, problems: list[str]) -> None:
+    """A top-level key on the command line that every stage sets for itself would do nothing."""
+    stages = composed.tree["stages"]
+    for key in composed.given:
+        section, _, name = key.partition(".")
+        if section in ("optim", "trainer") and all(name in ((own or {}).get(section) or {}) for own in stages.values()):
+            places = ", ".join(f"stages.{stage}.{key}" for stage in stages)
+            problems.append(f"{key}: would do nothing, since each stage sets its own; give {places}")
 
 
 def _check_relations(stages: Mapping[str, Stage], problems: list[str]) -> None:

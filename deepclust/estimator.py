@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,12 +64,12 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
         return self
 
     def _words(self) -> list[str]:
-        words = {"recipe": self.recipe, "seed": self.random_state, "logger.console": str(self.verbose).lower(), "eval.baselines": "none"}
+        words = {"recipe": self.recipe, "seed": self.random_state, "logger.console": self.verbose, "eval.baselines": "none"}
         if self.backbone is not None:
             words["backbone"] = self.backbone
         if self.n_clusters is not None:
             words["num_clusters"] = self.n_clusters
-        return [f"{key}={value}" for key, value in {**words, **(self.overrides or {})}.items()]
+        return [f"{key}={_text(value)}" for key, value in {**words, **(self.overrides or {})}.items()]
 
     def _read(self, folder: Path) -> None:
         import csv
@@ -110,6 +111,15 @@ def as_data(X: Any) -> Any:
     if isinstance(X, Sequence) and X and isinstance(X[0], str | Path):
         return datasets.from_paths([str(path) for path in X])
     return datasets.from_arrays(np.asarray(X) if isinstance(X, Sequence) else X)
+
+
+def _text(value: Any) -> str:
+    """A Python value as the command line writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    return str(value) if re.fullmatch(r"[\w./+-]+", str(value)) else _quoted(str(value))
 
 
 def _quoted(text: str) -> str:

@@ -161,8 +161,10 @@ class Clusterer:
 
         training = {f"head.{name}" for name in self.network.head.training_buffers}
         weights = {n: t.contiguous().cpu() for n, t in self.network.state_dict().items() if n not in training}
-        metadata = {"deepclust": json.dumps({"format": FORMAT, **self.spec})}
-        write_atomic(Path(path), save(weights, metadata))
+        spec = {"format": FORMAT, **self.spec}
+        # One entry: safetensors writes several in any order, and the same model would be another file.
+        text = json.dumps({**spec, "sha256": _digest(spec, weights)})
+        write_atomic(Path(path), save(weights, {"deepclust": text}))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()) -> Clusterer:
@@ -176,14 +178,23 @@ class Clusterer:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}. Give a run folder or model.safetensors") from None
-        if spec is None or spec.get("format", 0) > FORMAT:
+        if not isinstance(spec, dict) or spec.get("format", 0) > FORMAT:
             raise UserError(f"{path} was not written by this version of deepclust; update deepclust, or train again")
+        if spec.pop("sha256", None) != _digest(spec, weights):
+            raise UserError(f"{path} was changed after it was written (SHA-256); copy it again, or train again")
         network = build_network(spec["backbone"], spec["head"], spec, trust=trust)
         missing, unexpected = network.load_state_dict(weights, strict=False)
         missing = set(missing) - {f"head.{name}" for name in network.head.training_buffers}
         if missing or unexpected:
             raise UserError(f"{path} does not fit its own description: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
         return cls(network, spec, device)
+
+
+def _digest(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a model file's content: a flipped bit of a weight would load silently."""
+    from deepclust.checkpoint import digest_state
+
+    return digest_state({"model": {"spec": json.dumps(spec, sort_keys=True), "weights": dict(weights)}})["model"]
 
 
 def build_network(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from deepclust.data.images import UnreadableImage
 from deepclust.errors import UserError
 from deepclust.model import Clusterer, image_paths
+from deepclust.run_folder import explain
 
 BATCH = 256
 
@@ -27,25 +30,37 @@ def predict(run: Path, images: Path, out: Path, trust: Sequence[str] = ()) -> tu
     paths = image_paths(images)
     if out.is_dir() or not out.resolve().parent.is_dir():
         raise UserError(f"--out {out}: must be a file in a folder that exists")
-    done, failed = 0, 0
     temporary = out.with_name(f".tmp-{out.name}")
-    with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "cluster", "confidence", "error"])
-        for start in range(0, len(paths), BATCH):
-            part = paths[start : start + BATCH]
-            pixels, reasons = _read(clusterer, part)
-            found = iter(clusterer.predict_proba(torch.stack(pixels).numpy()) if pixels else [])
-            for path, reason in zip(part, reasons):
-                if reason is None:
-                    row = next(found)
-                    writer.writerow([path, int(row.argmax()), f"{row.max():.6f}", ""])
-                else:
-                    writer.writerow([path, "", "", reason])
-            done, failed = done + len(pixels), failed + len(part) - len(pixels)
-    os.replace(temporary, out)
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            done, failed = _write(file, clusterer, paths)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {explain(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     print(f"{done} images clustered{f', {failed} could not be read' if failed else ''}: {out}")
     return done, failed
+
+
+def _write(file: TextIO, clusterer: Clusterer, paths: Sequence[Path]) -> tuple[int, int]:
+    """A line for each path; gives how many images were clustered and how many could not be read."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "cluster", "confidence", "error"])
+    done = 0
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        pixels, reasons = _read(clusterer, part)
+        found = iter(clusterer.predict_proba(torch.stack(pixels).numpy()) if pixels else [])
+        for path, reason in zip(part, reasons):
+            if reason is None:
+                row = next(found)
+                writer.writerow([path, int(row.argmax()), f"{row.max():.6f}", ""])
+            else:
+                writer.writerow([path, "", "", reason])
+        done += len(pixels)
+    return done, len(paths) - done
 
 
 def _read(clusterer: Clusterer, paths: Sequence[Path]) -> tuple[list[Tensor], list[str | None]]:

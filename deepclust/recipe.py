@@ -7,21 +7,18 @@ and evaluates anew what is cheap to evaluate, so that nothing but checkpoints ca
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepclust import checkpoint, distributed, results
-from deepclust.config import RunConfig, Stage, build, differences
+from deepclust import checkpoint, distributed, results, resume
+from deepclust.config import RunConfig, Stage, build
 from deepclust.data.image_set import ImageData
 from deepclust.data.random import sample_keys
 from deepclust.data.views import build_views
@@ -48,6 +45,7 @@ class Run:
 
     config: RunConfig
     data: ImageData
+    fingerprint: str
     num_clusters: int
     world: World
     folder: RunFolder
@@ -56,6 +54,17 @@ class Run:
     began: float
     global_step: int = 0
     done: list[StageResult] = field(default_factory=list)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Where a stop raises: at any moment in a single process; several ranks stop together, on entering."""
+        if self.world.group is not None:
+            if self.world.any(self.stop.requested):
+                raise StopRequested(self.stop.reason)
+            yield
+            return
+        with self.stop.interruptible():
+            yield
 
     def tell(self, text: str, level: Any = "info") -> None:
         """A line for people, and for log.txt."""
@@ -81,38 +90,42 @@ def train(config: RunConfig, data: ImageData | None = None) -> int:
         assert data is not None
         num_clusters = _num_clusters(config, data)
         with RunFolder.open(config.folder(), new=config.run.new or config.resume == "never", rank=world.rank) as folder:
-            if _nothing_to_do(config, folder, world):
+            fingerprint = data.train.fingerprint()
+            if resume.nothing_to_do(config, folder, world, fingerprint):
                 return FINISHED
-            return _run(config, data, num_clusters, world, folder, began)
+            found, notes = resume.newest(config, world, folder, fingerprint)
+            step = 0 if found is None else int(found.meta["global_step"])
+            loggers = build_loggers(config.logger, folder.path, world.rank, step)
+            stop = StopRequest(quiet=not world.is_main)
+            run = Run(config, data, fingerprint, num_clusters, world, folder, loggers, stop, began)
+            return _run(run, found, notes)
     finally:
         distributed.stop()
 
 
-def _run(config: RunConfig, data: ImageData, num_clusters: int, world: World, folder: RunFolder, began: float) -> int:
-    found, notes = _newest(config, world, folder)
-    _refuse_changed_images(found, data)
-    step = 0 if found is None else int(found.meta["global_step"])
-    loggers = build_loggers(config.logger, folder.path, world.rank, step)
-    run = Run(config, data, num_clusters, world, folder, loggers, StopRequest(quiet=not world.is_main), began)
-    state = "failed"
+def _run(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) -> int:
+    """Introduces the run, goes through its stages and says how it ended, whatever happens."""
+    state, world = "failed", run.world
     try:
         with run.stop:
-            folder.describe(config.text(), device=str(world.device), threads=torch.get_num_threads(), ranks=world.size)
+            machine = {"device": str(world.device), "threads": torch.get_num_threads(), "ranks": world.size}
+            run.folder.describe(run.config.text(), **machine)
             _introduce(run, found, notes)
             state = _stages(run, found)
     finally:
         if state == "failed":
-            folder.status("failed", reason=_reason(sys.exc_info()[1]))
-        loggers.finish(state)
+            run.folder.status("failed", reason=_reason(sys.exc_info()[1]))
+        run.loggers.finish(state)
     return FINISHED if state == "finished" else PREEMPTED
 
 
 def _stages(run: Run, found: checkpoint.Checkpoint | None) -> str:
     """All stages, then the evaluation; gives the state that the run ends in."""
-    number, name = 0, ""
+    name = ""
     try:
         previous: Network | None = None
-        for number, (name, stage) in enumerate(run.config.stages.items()):
+        for number, stage in enumerate(run.config.stages.values()):
+            name = stage.name
             previous = _stage(run, number, stage, previous, found)
         _finish(run)
     except (Stopped, StopRequested):
@@ -131,7 +144,7 @@ def _stage(run: Run, number: int, stage: Stage, previous: Network | None, found:
     at = -1 if found is None else int(found.meta["number"])
     state = found
     if number < at:
-        state = _stage_end(run, number, stage.name)
+        state = resume.stage_end(run.folder, number, stage.name)
     trainer = _trainer(run, number, stage, previous)
     started, before = time.perf_counter(), 0.0
     if state is not None and number <= at:
@@ -147,7 +160,7 @@ def _stage(run: Run, number: int, stage: Stage, previous: Network | None, found:
             "global_step": run.global_step + progress.step,
             "finished": finished,
             "permanent": finished,
-            "fingerprint": run.data.train.fingerprint(),
+            "fingerprint": run.fingerprint,
             "ranks": run.world.size,
             "seconds": before + time.perf_counter() - started,
         }
@@ -166,7 +179,8 @@ def _stage(run: Run, number: int, stage: Stage, previous: Network | None, found:
         run.tell(f"{stage.name} is done; going on behind it")
     run.global_step += trainer.step
     seconds = before if finished else before + time.perf_counter() - started
-    _evaluate(run, stage, trainer, seconds)
+    with run.interruptible():
+        _evaluate(run, stage, trainer, seconds)
     return trainer.evaluated
 
 
@@ -178,6 +192,14 @@ def _fit(run: Run, stage: Stage, trainer: Trainer, save: Any) -> None:
         if trainer.step > 0:
             save(trainer.state_dict(), trainer.progress())
         raise
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"stages.{stage.name}.trainer: a micro batch of one image has no batch statistics; use at least two images "
+            f"per process and micro batch (batch_size={stage.trainer.batch_size}, micro_batches="
+            f"{stage.trainer.micro_batches}, {run.world.size} process(es), {len(run.data.train)} images)"
+        ) from error
 
 
 def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> Trainer:
@@ -244,23 +266,14 @@ def _hooks(run: Run, stage: Stage) -> Hooks:
     def failure(sample: int, reason: str) -> None:
         run.tell(f"{run.data.train.paths[sample]} could not be read and is left out of this batch: {reason}", "warning")
 
-    alone = run.world.group is None
     return Hooks(
         log=log,
         status=status,
         failure=failure,
         stop_requested=lambda: run.world.any(run.stop.requested),
-        interruptible=run.stop.interruptible if alone else nullcontext,
+        interruptible=run.interruptible,
         save_every_steps=run.config.checkpoint.every_steps,
     )
-
-
-def _stage_end(run: Run, number: int, name: str) -> checkpoint.Checkpoint:
-    """The last checkpoint of an earlier stage."""
-    ends = [path for path in checkpoint.listing(run.folder.checkpoints) if path.parent.name == f"{number:02d}-{name}"]
-    if not ends:
-        raise UserError(f"{run.folder.path} has no checkpoint of the stage {name}; start over with run.new=true")
-    return checkpoint.load(ends[-1])
 
 
 # -------------------------------------------------------------------------------------------------- results
@@ -323,23 +336,13 @@ def _finish(run: Run) -> None:
         }
         results.write_page(run.folder, kept, run.data, summary, run.config.eval.gallery_images)
         results.write_summary(run.folder, summary)
-    _show(run.loggers, run.folder, summary)
+    results.show(run.loggers, run.folder, summary)
 
 
 def _spec(run: Run, kept: StageResult) -> dict[str, Any]:
     """What `Clusterer` is rebuilt from."""
     stage = run.config.stages[kept.name]
     return {"backbone": run.config.backbone, "head": dict(kept.head), **_sizes(run, stage), **_view(run, stage, kept.network)}
-
-
-def _show(loggers: Loggers, folder: RunFolder, summary: Mapping[str, Any]) -> None:
-    """The table, and where to look."""
-    columns, rows = results.table_rows(summary)
-    title = f"{summary['data']}: {summary['num_images']} images, {summary['num_clusters']} clusters, {summary['seconds']:.0f} s"
-    loggers.table(title, columns, rows)
-    loggers.message(summary["why"])
-    files = (("clusters", "clusters.csv"), ("report", "report.html"), ("model", "model.safetensors"))
-    loggers.message("\n".join(f"{word + ':':<10}{folder.path / name}" for word, name in files))
 
 
 # -------------------------------------------------------------------------------------------------- before a run
@@ -352,67 +355,6 @@ def _num_clusters(config: RunConfig, data: ImageData) -> int:
     if num > len(data.train):
         raise UserError(f"num_clusters={num} is more than the {len(data.train)} images of {data.name}; at most {len(data.train)} are possible")
     return num
-
-
-def _nothing_to_do(config: RunConfig, folder: RunFolder, world: World) -> bool:
-    """Refuses a folder of another configuration; shows a finished run's table again. Rank 0 decides."""
-    finished, changed = False, []
-    if world.is_main and folder.previous_config is not None and folder.previous_status is not None:
-        changed = differences(folder.previous_config, config)
-        finished = folder.finished and not changed
-    finished, changed = world.broadcast((finished, changed))
-    if changed:
-        lines = "\n  ".join(changed)
-        raise UserError(
-            f"run.dir={folder.path} holds a run with other settings:\n  {lines}\n"
-            "Start over there with run.new=true, or keep both with run.name=NAME"
-        )
-    if finished and world.is_main:
-        summary = json.loads((folder.path / "summary.json").read_text())
-        loggers = build_loggers({**config.logger, "wandb": "disabled"}, folder.path, resumed_step=sys.maxsize)
-        loggers.message("This run is finished; run.new=true starts it over.")
-        _show(loggers, folder, summary)
-        loggers.finish("finished")
-    return finished
-
-
-def _newest(config: RunConfig, world: World, folder: RunFolder) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, as rank 0 sees it, and what is to be said about broken ones."""
-    if world.is_main:
-        notes = _import_checkpoints(config, folder)
-        found, more = checkpoint.newest(folder.checkpoints)
-        world.broadcast((None if found is None else found.path, [*notes, *more]))
-        return found, [*notes, *more]
-    path, notes = world.broadcast(None)
-    return (None if path is None else checkpoint.load(path)), notes
-
-
-def _import_checkpoints(config: RunConfig, folder: RunFolder) -> list[str]:
-    """With resume=PATH (a run folder, or one of its checkpoints): copies what was done there into this new folder."""
-    if config.resume in ("auto", "never") or checkpoint.listing(folder.checkpoints):
-        return []
-    source = Path(config.resume).expanduser()
-    root = source.parent.parent if (source / checkpoint.MANIFEST).exists() else source / "checkpoints"
-    there = checkpoint.listing(root)
-    if not there:
-        raise UserError(f"resume={config.resume}: no checkpoint is there. Give a run folder or one of its checkpoints, or auto or never")
-    last = source if (source / checkpoint.MANIFEST).exists() else there[-1]
-    for path in there[: [path.resolve() for path in there].index(last.resolve()) + 1]:
-        problems = checkpoint.verify(path)
-        if problems:
-            raise UserError(f"resume={config.resume}: {problems[0]}")
-        shutil.copytree(path, folder.checkpoints / path.relative_to(root))
-    old = root.parent / "config.yaml"
-    changed = differences(old.read_text(), config) if old.exists() else []
-    return [f"Continues {last}.", *(f"Changed since then: {line}" for line in changed)]
-
-
-def _refuse_changed_images(found: checkpoint.Checkpoint | None, data: ImageData) -> None:
-    if found is not None and found.meta["fingerprint"] != data.train.fingerprint():
-        raise UserError(
-            f"the images of {data.name} are not those that {found.path} was trained on; "
-            "bring them back, or start over with run.new=true"
-        )
 
 
 def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from deepclust.data.image_set import ImageData, ImageSet
+from deepclust.eval.baselines import baselines
 from deepclust.eval.label_free import better_stage, label_free_scores
 from deepclust.eval.metrics import clustering_scores
 from deepclust.eval.probes import knn_probe, linear_probe
-from deepclust.eval.baselines import baselines
-from deepclust.model import Network
+from deepclust.loggers import Loggers
 from deepclust.loggers.files import read_metrics
+from deepclust.model import Network
 from deepclust.ops import knn
 from deepclust.report import write_report
 from deepclust.report.gallery import make_galleries
@@ -160,6 +161,16 @@ def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         label += f": failed, {scores['failed']}" if "failed" in scores else ""
         rows.append([label, *_percent(scores, labelled), None, None, _round(scores["seconds"])])
     return columns, rows
+
+
+def show(loggers: Loggers, folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """The table, and where to look."""
+    columns, rows = table_rows(summary)
+    title = f"{summary['data']}: {summary['num_images']} images, {summary['num_clusters']} clusters, {summary['seconds']:.0f} s"
+    loggers.table(title, columns, rows)
+    loggers.message(summary["why"])
+    files = (("clusters", "clusters.csv"), ("report", "report.html"), ("model", "model.safetensors"))
+    loggers.message("\n".join(f"{word + ':':<10}{folder.path / name}" for word, name in files))
 
 
 BASELINE_WORDS = {

@@ -55,6 +55,7 @@ class DistributedSettings:
 class TrainerSettings:
     """One stage's loop. Steps count macro batches.
 
+    num_images: length of the stage in images seen, in place of `epochs`: small sets then get many passes, large ones few.
     batch_size: rows of one macro batch over all ranks. micro_batches: equal parts it is cut into for the gradients.
     max_steps: stops the stage early (for trying things out); the schedule still spans `epochs`.
     ema: decay of the stage's teacher, None for no teacher.
@@ -63,6 +64,7 @@ class TrainerSettings:
     """
 
     epochs: Count = 50
+    num_images: Count | None = None
     max_steps: Count | None = None
     batch_size: Count = 256
     micro_batches: Count = 1

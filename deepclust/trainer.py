@@ -90,11 +90,14 @@ class Trainer:
         self.teacher: Network | None = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.steps_per_epoch = -(-len(images) // self.settings.batch_size)
-        self.num_steps = self.settings.epochs * self.steps_per_epoch
+        budget = self.settings.num_images
+        self.num_epochs = self.settings.epochs if budget is None else max(1, round(budget / len(images)))
+        self.num_steps = self.num_epochs * self.steps_per_epoch
         self.step = 0
         self.order: Tensor | None = None
         self.next_order: Tensor | None = None
         self.loader = self._loader()
+        self.meter = Meter(self.world)
         torch.manual_seed(int(sample_keys(seed, stage, self.world.rank, torch.zeros(1).long(), -2)) % 2**63)
 
     # ---------------------------------------------------------------- the loop
@@ -105,15 +108,15 @@ class Trainer:
         if self.step == 0:
             self._prepare()
         batches: Iterator[ViewBatch] | None = None
-        meter = Meter(self.world)
+        self.meter.start()
         while self.step < last:
             progress = self.progress()
             if self._refresh(progress) or batches is None or self.step % self.steps_per_epoch == 0:
                 batches = self._open_pass()
-            meter.add(*self.train_step(next(batches), progress))
+            self.meter.add(*self.train_step(next(batches), progress))
             self.step += 1
             if self.step % self.settings.log_every_steps == 0 or self.step == last:
-                self.hooks.log(self._checked(meter.flush()), self.progress())
+                self.hooks.log(self._checked(self.meter.flush()), self.progress())
             self._save_or_stop(last)
         if self.step == self.num_steps:
             self._refresh(self.progress())
@@ -208,9 +211,9 @@ class Trainer:
     def progress(self) -> Progress:
         """Where the stage stands now."""
         epoch = self.step // self.steps_per_epoch
-        total = self.settings.epochs * len(self.images)
+        total = self.num_epochs * len(self.images)
         seen = epoch * len(self.images) + (self.step % self.steps_per_epoch) * len(self.images) // self.steps_per_epoch
-        return Progress(self.step, self.num_steps, epoch, self.settings.epochs, seen, total, self.step >= self.num_steps)
+        return Progress(self.step, self.num_steps, epoch, self.num_epochs, seen, total, self.step >= self.num_steps)
 
     def _prepare(self) -> None:
         """What happens once, before the first step: prototypes from k-means, then the teacher begins as the student."""
@@ -337,6 +340,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "buffers": {name: self.head.get_buffer(name).cpu() for name in self.head.sharded_buffers},
+            "meter": self.meter.state_dict(),
         }
         sampler = {"step": self.step, "order": self.order, "next_order": self.next_order, "partners": self.loader.partners}
         state: dict[str, Any] = {
@@ -365,6 +369,7 @@ class Trainer:
         own = state.get(f"rank{self.world.rank}") if f"rank{self.world.size}" not in state else None
         if own is not None:
             torch.set_rng_state(own["rng"])
+            self.meter.load_state_dict(own["meter"])
             if own["cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda"], self.device)
             for name, value in own["buffers"].items():

@@ -140,7 +140,8 @@ def bench(shape: str, repeats: int, only: list[str]) -> None:
     for name, value in medians.items():
         each = value / (passes + (name in ("ours", "scikit-learn")))
         spread = (max(times[name][1:]) - min(times[name][1:])) / value
-        line = f"{shape} {num}x{dim} k {num_clusters:<5} {name:<24} {each * 1e3:9.2f} ms  {each / floor:5.2f} x floor  spread {spread:4.0%}"
+        line = f"{shape} {num}x{dim} k {num_clusters:<5} {name:<24} {each * 1e3:9.2f} ms"
+        line += f"  {each / floor:5.2f} x floor  spread {spread:4.0%}"
         print(
             line
             + (f"  inertia {inertia[name] / inertia['ours']:.6f}" if name in inertia and "ours" in inertia else ""),

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -25,6 +25,14 @@ from deepclust.data.random import sample_keys
 from deepclust.data.views import ViewTransform, build_views
 
 CONFIG = Path(__file__).resolve().parent.parent / "conf" / "augment"
+
+
+class Facts(NamedTuple):
+    """What views ask of an image set."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def simclr(size: int, from_pil: bool) -> v2.Compose:
@@ -41,10 +49,12 @@ def simclr(size: int, from_pil: bool) -> v2.Compose:
 
 
 def small_gray(size: int, from_pil: bool) -> v2.Compose:
-    """The nearest torchvision has to the set for small grey images (gamma is not random there: a fixed one stands in)."""
+    """The nearest torchvision has to the set for small grey images; a fixed gamma stands in for a random one."""
     return v2.Compose(
         [
-            v2.RandomAffine(15, (0.12, 0.12), (0.8, 1.2), (-14, 14), interpolation=v2.InterpolationMode.BILINEAR),
+            v2.RandomAffine(
+                (-15, 15), (0.12, 0.12), (0.8, 1.2), (-14, 14), interpolation=v2.InterpolationMode.BILINEAR
+            ),
             v2.Lambda(lambda image: v2.functional.adjust_gamma(image, 1.3)),
             v2.ColorJitter(brightness=(0.6, 1.1)),
             *finish(1, from_pil),
@@ -121,7 +131,7 @@ def main() -> None:
     )
     for title, file, name, channels, size, peer in CASES:
         augment = yaml.safe_load((CONFIG / f"{file}.yaml").read_text(encoding="utf-8"))
-        facts = SimpleNamespace(size=(size, size), mean=(0.5,) * channels, std=(0.25,) * channels)
+        facts = Facts((size, size), (0.5,) * channels, (0.25,) * channels)
         view = build_views(augment, facts, [name])[name]
         runs = engines(photo_like(arguments.images, channels, size), view, peer)
         speed = rates(runs, arguments.images, arguments.rounds)

@@ -14,13 +14,13 @@ from deepclust.config import load
 from deepclust.data.datasets import digits, from_arrays
 from deepclust.data.image_set import ImageData
 from deepclust.recipe import train
+from deepclust.signals import StopRequest
 
 SMALL = (
     "trainer.batch_size=20",
     "trainer.num_threads=1",
     "trainer.num_workers=0",
     "trainer.log_every_steps=1",
-    "trainer.epochs=2",
     "backbone.width=8",
     "stages.pretext.trainer.epochs=2",
     "stages.pretext.optim.warmup_steps=2",
@@ -71,3 +71,19 @@ def outcome(folder: Path) -> dict[str, Any]:
     for row in rows:
         del row["images_per_second"]
     return {**{name: (folder / name).read_bytes() for name in RESULTS}, "ends": ends, "metrics": rows}
+
+
+def stop_at(monkeypatch: Any, poll: int) -> None:
+    """Asks the next runs to stop when they look for the `poll`-th time: after each step and before each long section."""
+    polls = iter(range(1, 10**6))
+
+    class StopAt(StopRequest):
+        @property
+        def requested(self) -> bool:
+            return self._asked or next(polls) >= poll
+
+        @requested.setter
+        def requested(self, value: bool) -> None:
+            self._asked = value
+
+    monkeypatch.setattr("deepclust.recipe.StopRequest", StopAt)

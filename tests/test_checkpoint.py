@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import io
 import json
@@ -261,12 +262,13 @@ def test_going_on_from_an_older_one_drops_the_newer(tmp_path: Path) -> None:
 
 
 class Killer:
-    """Ends the process, as SIGKILL would, at the n-th write, fsync, rename or removal; a write is torn."""
+    """Ends the process, as SIGKILL would, at the n-th open, write, fsync, rename or removal; a write is torn."""
 
     def __init__(self, at: int) -> None:
         self.left = at
         for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
             setattr(os, name, self._before(getattr(os, name)))
+        builtins.open = self._before(open)
         inner = checkpoint._Hashed.write
         checkpoint._Hashed.write = lambda file, data: inner(file, data[: len(data) // 2] if self._now() else data)  # type: ignore[method-assign]
         self.torn = False
@@ -318,6 +320,7 @@ def test_killed_at_every_moment_of_a_save_and_a_rotation(tmp_path: Path) -> None
         assert found.meta["step"] in (200, 300)
         assert equal(found.state, state[found.meta["step"]])
         assert not list(root.glob(".tmp-*"))
+        assert all(checkpoint.verify(path) == [] for path in checkpoint.listing(root)), f"moment {moments}"
         survivors.add(found.meta["step"])
         if moments % 10 == 0:
             again = put(root, found.meta["step"] + 100)

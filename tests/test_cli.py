@@ -178,7 +178,7 @@ def test_checkpoints_are_verified_and_digested(tmp_path, capsys):
 
     path = save(
         tmp_path,
-        "0-a/step-00000001",
+        "00-a/step-00000001",
         {"model": {"w": torch.arange(4.0)}, "rng": {"cpu": torch.zeros(2)}},
         {"stage": "a"},
     )
@@ -192,3 +192,13 @@ def test_checkpoints_are_verified_and_digested(tmp_path, capsys):
     victim.write_bytes(bytes(data))
     assert main(["checkpoint", "verify", str(path)]) == FAILED
     assert "model" in capsys.readouterr().out
+
+
+def test_predict_is_handed_on_and_fails_where_nothing_was_clustered(tmp_path, monkeypatch):
+    calls = []
+    counts = iter([(3, 1), (0, 2)])
+    stand_in = types.SimpleNamespace(predict=lambda *given: calls.append(given) or next(counts))
+    monkeypatch.setitem(sys.modules, "deepclust.predict", stand_in)
+    words = ["predict", str(tmp_path), str(tmp_path), "-o", "out.csv"]
+    assert main(words) == OK and main([*words, "--trust", "mine"]) == BAD_INPUT
+    assert calls == [(tmp_path, tmp_path, Path("out.csv"), []), (tmp_path, tmp_path, Path("out.csv"), ["mine"])]

@@ -1,9 +1,9 @@
 """Random numbers that are a pure function of what they are for: no state, no global generator.
 
-A sample's key is a hash of (seed, stage, pass, position in the pass, view slot); its uniforms are a hash of key and counter. So augmentations do
-not depend on loader workers, ranks or the cut into batches, and a resumed run draws the same ones.
-The hash is splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014) in int64 tensors,
-whose products wrap as unsigned ones do.
+A sample's key is a hash of (seed, stage, pass, position in the pass, view slot); its uniforms are a hash of key and
+counter. So augmentations do not depend on loader workers, ranks or the cut into batches, and a resumed run draws the
+same ones. The hash is splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014) in
+int64 tensors, whose products wrap as unsigned ones do.
 """
 
 from __future__ import annotations

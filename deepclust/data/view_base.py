@@ -86,7 +86,8 @@ class Erase(Op):
             place = torch.arange(length, device=images.device)
             first = params[start][:, None]
             inside.append((place >= first) & (place < first + params[extent][:, None]))
-        return images.masked_fill_((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
+        kept = ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+        return images.mul_(kept.to(images.dtype))  # several times faster than masked_fill_
 
 
 def between(uniform: Tensor, low: float, high: float) -> Tensor:
@@ -142,15 +143,22 @@ def affine(
 
 
 def centred(
-    size: Size, a: Tensor | float, b: Tensor | float, tx: Tensor | float, c: Tensor | float, d: Tensor | float,
-    ty: Tensor | float
+    size: Size,
+    a: Tensor | float,
+    b: Tensor | float,
+    tx: Tensor | float,
+    c: Tensor | float,
+    d: Tensor | float,
+    ty: Tensor | float,
 ) -> Tensor:
     """Like `affine` for a map given in pixels from the image's centre, for images that keep their size."""
     height, width = size
     return affine(a, b * (height / width), tx * (2 / width), c * (width / height), d, ty * (2 / height))
 
 
-def crop_matrix(size: Size, top: Tensor | float, left: Tensor | float, height: Tensor | float, width: Tensor | float):
+def crop_matrix(
+    size: Size, top: Tensor | float, left: Tensor | float, height: Tensor | float, width: Tensor | float
+) -> Tensor:
     """The map of a crop of `size` (pixels) that fills the output, whatever the output's size."""
     x_scale, y_scale = width / size[1], height / size[0]
     return affine(x_scale, 0.0, 2 * left / size[1] + x_scale - 1, 0.0, y_scale, 2 * top / size[0] + y_scale - 1)
@@ -159,7 +167,8 @@ def crop_matrix(size: Size, top: Tensor | float, left: Tensor | float, height: T
 def warp(images: Tensor, matrix: Tensor, size: Size, fill: Fill) -> Tensor:
     """Images seen through affine maps, interpolated bilinearly and without aliasing.
 
-    images: (B, C, H, W) float32; may be overwritten. matrix: (B, 3, 3) on the CPU, normalised output to input coordinates.
+    images: (B, C, H, W) float32; may be overwritten. matrix: (B, 3, 3) on the CPU, normalised coordinates of the output
+    to those of the input.
     Returns (B, C, *size). An image that shrinks by 1.5 or more is first averaged over 2x2, 4x4, ... pixels, so that
     its bilinear step shrinks it by 0.75 to 1.5: a mip map with one level per image.
     """
@@ -167,7 +176,8 @@ def warp(images: Tensor, matrix: Tensor, size: Size, fill: Fill) -> Tensor:
     same, rows = kept.nonzero()[:, 0].to(images.device), (~kept).nonzero()[:, 0]
     if len(rows) == 0:
         return images
-    if len(rows) <= len(same):  # copying most rows out and back would cost more than interpolating them all
+    # copying most rows out and back would cost more than interpolating all of them
+    if len(rows) <= len(same):
         some = rows.to(images.device)
         images[some] = _interpolate(images[some], matrix[rows], size, fill)
         return images
@@ -185,7 +195,7 @@ def _interpolate(images: Tensor, matrix: Tensor, size: Size, fill: Fill) -> Tens
     for level in levels.unique().tolist():
         rows = (levels == level).nonzero()[:, 0]
         some = rows.to(images.device)
-        shrunk = [max(1, side >> level) for side in images.shape[2:]]
+        shrunk = (max(1, images.shape[2] >> level), max(1, images.shape[3] >> level))
         out[some] = _bilinear(F.adaptive_avg_pool2d(images[some], shrunk), matrix[rows], size, fill)
     return out
 

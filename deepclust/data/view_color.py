@@ -1,4 +1,4 @@
-"""Operations that mix channels: brightness, contrast, saturation, hue, grey. On grey images the last three do nothing."""
+"""Operations that mix channels: brightness, contrast, saturation, hue, grey; the last three leave grey images alone."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ class Grayscale(Color):
 def hue_matrix(turn: Tensor, means: Tensor) -> Tensor:
     """A turn of the colour cube about its grey diagonal by `turn` (B,) of a full circle.
 
-    Linear, so that it is part of the one colour matrix, as in DALI's pipelines; HSV's hue shift walks a hexagon where this
-    walks a circle. They agree for greys and at every third of the circle, and change an image by about as much between.
+    Linear, so that it is part of the one colour matrix; HSV's hue shift, which the sample engine does, walks a hexagon
+    where this walks a circle. They agree for greys and at thirds of the circle; between, they change an image by about
+    as much, in slightly different directions.
     """
     if means.shape[1] == 1:
         return scaled(torch.ones_like(turn), means)

@@ -1,4 +1,4 @@
-"""Operations that move pixels: crops, flips and affine maps. Bilinear, also where the published code takes the nearest pixel."""
+"""Operations that move pixels: crops, flips, affine maps. Bilinear, also where SCAN's code takes the nearest pixel."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def op_targets() -> dict[str, str]:
     targets = {}
     for home in (f"deepclust.data.{name}" for name in _HOMES):
         path = source(home)
-        for name, node in definitions(path).items() if path else ():
-            if name[0].isupper() and node:
+        for name in definitions(path) if path else ():
+            if name[0].isupper():
                 targets[re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()] = f"{home}.{name}"
     return targets
 
@@ -36,7 +36,9 @@ def check_ops(description: Any, where: str, problems: list[str]) -> list[tuple[s
     description: [{name: {parameter: value, ...} or null}, ...]. where: its key, for the messages.
     """
     if not isinstance(description, Sequence) or isinstance(description, str):
-        problems.append(f"{where}={description}: must be a list of operations, such as [{{horizontal_flip: {{p: 0.5}}}}]")
+        problems.append(
+            f"{where}={description}: must be a list of operations, such as [{{horizontal_flip: {{p: 0.5}}}}]"
+        )
         return []
     targets, found = op_targets(), []
     for place, entry in enumerate(description):

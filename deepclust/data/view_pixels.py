@@ -95,9 +95,7 @@ class GaussianBlur(Pixel):
 
     draws = 1
 
-    def __init__(
-        self, sigma: tuple[float, float] = (0.1, 2.0), kernel: Count | None = None, p: Fraction = 0.5
-    ) -> None:
+    def __init__(self, sigma: tuple[float, float] = (0.1, 2.0), kernel: Count | None = None, p: Fraction = 0.5) -> None:
         if kernel is not None and kernel % 2 == 0:
             raise ValueError(f"kernel={kernel}: an odd number, for example {kernel + 1}")
         self.sigma, self.kernel, self.p = ordered("sigma", sigma, 1e-3), kernel, p
@@ -234,7 +232,7 @@ class Sharpness(Pixel):
 
 
 class Cutout(Erase):
-    """Paints one square: side a whole number in 1 .. fraction of the image's side, centre anywhere, cut at the borders."""
+    """Paints one square: centre anywhere, side a whole number from 1 to `fraction` of the image's; cut at borders."""
 
     draws = 3
 

@@ -1,8 +1,9 @@
 """Random views of images: one description, two engines.
 
 `ViewTransform.batch` makes the views of a whole batch at once on the images' device, with fresh parameters for each
-image; `ViewTransform.sample` makes one view with torchvision, for loader workers. Both draw the same parameters from the
-same key. Consecutive geometric operations become one interpolation, consecutive colour operations one matrix per image.
+image; `ViewTransform.sample` makes one view with torchvision, for loader workers. Both draw the same parameters from
+the same key. In a batch, consecutive geometric operations are one interpolation, consecutive colour operations one
+matrix per image.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class ViewTransform:
     """Turns images into normalised views.
 
     description: operations in order, [{name: {parameter: value}}, ...]; those that paint over parts come last.
-    size: of the view in pixels, (height, width) or one number for both; crops and resizes without a size of their own use
-    it. mean, std: of the image set, one value per channel, for pixels scaled to [0, 1].
-    Raises UserError for an operation or a parameter that does not exist.
+    size: of the view in pixels, (height, width) or one number for both, for crops and resizes without a size of their
+    own. mean, std: of the image set, one value per channel, for pixels scaled to [0, 1].
+    where: what messages call the description. Raises UserError for an operation or a parameter that does not exist.
     """
 
     def __init__(
@@ -123,25 +124,24 @@ class _Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class _Planned:
-    """An op and the columns of uniforms it reads: the first says whether an image gets it, the others its parameters."""
+    """An op and its columns of uniforms: the first says whether an image gets the op, the others are for parameters."""
 
     op: Op
     column: int
     choice: _Choice | None = None
 
-    def gate(self, u: Tensor) -> Tensor | None:
-        """(B, n) uniforms to (B,) bool, which images get the op; None for all of them."""
-        on = None if self.op.p >= 1 else u[:, self.column] < self.op.p
+    def gate(self, u: Tensor) -> Tensor:
+        """(B, n) uniforms to (B,) bool: which images get the op."""
+        on = u[:, self.column] < self.op.p
         if self.choice is None:
             return on
-        drawn = integers(u[:, self.choice.column], self.choice.parts) == self.choice.number
-        return drawn if on is None else on & drawn
+        return on & (integers(u[:, self.choice.column], self.choice.parts) == self.choice.number)
 
     def chosen(self, row: list[float]) -> bool:
         """The same for the uniforms of one image."""
         if self.choice is not None and int(row[self.choice.column] * self.choice.parts) != self.choice.number:
             return False
-        return self.op.p >= 1 or row[self.column] < self.op.p
+        return row[self.column] < self.op.p
 
     def draw(self, u: Tensor, size: Size) -> Params:
         """The op's parameters for images of this size."""
@@ -151,8 +151,8 @@ class _Planned:
 def _plan(ops: Sequence[Op]) -> tuple[list[_Planned], int]:
     """Every op with its columns of uniforms, and the number of uniforms an image needs.
 
-    One draw of `random_ops` becomes all its ops, of which an image gets one; so their order is free, and those that can be
-    applied as one stand side by side.
+    One draw of `random_ops` becomes all its ops, of which an image gets one; so their order is free, and those that can
+    be applied as one stand side by side.
     """
     planned: list[_Planned] = []
     column = 0
@@ -161,11 +161,11 @@ def _plan(ops: Sequence[Op]) -> tuple[list[_Planned], int]:
             planned.append(_Planned(op, column))
             column += 1 + op.draws
             continue
-        order = sorted(range(len(op.ops)), key=lambda n: isinstance(op.ops[n], Pixel) + 2 * isinstance(op.ops[n], Color))
+        numbered = sorted(enumerate(op.ops), key=lambda item: (isinstance(item[1], Color), isinstance(item[1], Pixel)))
         for _ in range(op.count):
-            for number in order:
-                if not isinstance(op.ops[number], Identity):
-                    planned.append(_Planned(op.ops[number], column + 1, _Choice(column, number, len(op.ops))))
+            for number, each in numbered:
+                if not isinstance(each, Identity):
+                    planned.append(_Planned(each, column + 1, _Choice(column, number, len(op.ops))))
             column += 2 + max(each.draws for each in op.ops)
     return planned, column
 
@@ -174,9 +174,8 @@ def _group(planned: Sequence[_Planned]) -> list[list[_Planned]]:
     """Neighbours that the batch engine applies as one: colour operations, and geometric ones with the same fill."""
     groups: list[list[_Planned]] = []
     for item in planned:
-        last = groups[-1] if groups else []
-        if all(_joins(other.op, item.op) for other in last) and last:
-            last.append(item)
+        if groups and all(_joins(other.op, item.op) for other in groups[-1]):
+            groups[-1].append(item)
         else:
             groups.append([item])
     return groups
@@ -195,14 +194,12 @@ def _apply(images: Tensor, group: Sequence[_Planned], u: Tensor, target: Size) -
     if isinstance(group[0].op, Color):
         return _recolor(images, group, u)
     item, op = group[0], cast(Pixel | Erase, group[0].op)
-    params = item.draw(u, (images.shape[2], images.shape[3]))
-    on = item.gate(u)
-    if on is None:
-        return op.batch(images, _on_device(params, images))
-    rows = on.nonzero()[:, 0]
+    size, rows = (images.shape[2], images.shape[3]), item.gate(u).nonzero()[:, 0]
+    if len(rows) == len(images):
+        return op.batch(images, _on_device(item.draw(u, size), images))
     if len(rows):
         some = rows.to(images.device)
-        images[some] = op.batch(images[some], _on_device({name: value[rows] for name, value in params.items()}, images))
+        images[some] = op.batch(images[some], _on_device(item.draw(u[rows], size), images))
     return images
 
 
@@ -217,16 +214,16 @@ def _move(images: Tensor, group: Sequence[_Planned], u: Tensor, target: Size) ->
     fill = "zeros"
     for item in group:
         op = cast(Geometric, item.op)
-        matrix, on = op.matrix(item.draw(u, size), size, target), item.gate(u)
-        total = total @ (matrix if on is None else torch.where(on[:, None, None], matrix, same))
+        matrix = op.matrix(item.draw(u, size), size, target)
+        total = total @ torch.where(item.gate(u)[:, None, None], matrix, same)
         size, fill = op.out_size(size, target), op.fill or fill
-    return warp(images, total.expand(images.shape[0], 3, 3), size, fill)
+    return warp(images, total, size, fill)
 
 
 def _recolor(images: Tensor, group: Sequence[_Planned], u: Tensor) -> Tensor:
     """One affine map of the channels per image for all colour operations of a group, clamped at the end."""
-    gates = [item.gate(u) for item in group]
-    rows = torch.stack([torch.ones(len(u), dtype=torch.bool) if on is None else on for on in gates]).any(dim=0).nonzero()[:, 0]
+    gates = torch.stack([item.gate(u) for item in group])
+    rows = gates.any(dim=0).nonzero()[:, 0]
     if len(rows) <= len(images) // 2:
         if len(rows):
             some = rows.to(images.device)
@@ -236,11 +233,9 @@ def _recolor(images: Tensor, group: Sequence[_Planned], u: Tensor) -> Tensor:
     pixels = images.flatten(2)
     means = pixels.mean(dim=2)
     total = same = torch.eye(channels + 1, device=images.device)
-    for item, on in zip(group, gates):
+    for item, on in zip(group, gates.to(images.device)):
         matrix = cast(Color, item.op).matrix(_on_device(item.draw(u, size), images), means)
-        if on is not None:
-            matrix = torch.where(on.to(images.device)[:, None, None], matrix, same)
+        matrix = torch.where(on[:, None, None], matrix, same)
         total = matrix @ total
         means = (matrix[:, :-1, :-1] @ means[:, :, None])[:, :, 0] + matrix[:, :-1, -1]
-    total = total.expand(images.shape[0], -1, -1)
     return torch.baddbmm(total[:, :-1, -1:], total[:, :-1, :-1], pixels).clamp_(0, 1).view_as(images)

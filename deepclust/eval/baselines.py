@@ -85,11 +85,11 @@ def _prepared(x: np.ndarray | None, num_clusters: int, normalise: bool) -> np.nd
         raise ValueError(f"{num_clusters} clusters need more than {len(x)} images")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x).all(1)).sum())} of {len(x)} rows are not finite")
-    if normalise:
-        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    if (x == x[0]).all():  # scikit-learn's t-SNE divides by their spread and then ends the whole process
+    lengths = np.linalg.norm(x, axis=1, keepdims=True) if normalise else np.ones((1, 1), x.dtype)
+    rows = x / np.maximum(lengths, np.finfo(np.float32).tiny)
+    if (rows == rows[0]).all():  # scikit-learn's t-SNE divides by their spread and then ends the whole process
         raise ValueError("all images have the same features")
-    return x
+    return rows
 
 
 def _two_threads() -> Any:

@@ -83,6 +83,11 @@ class Progress:
     num_images: int
     final: bool = False
 
+    @property
+    def starts_epoch(self) -> bool:
+        """Whether the next macro batch is the first of a pass."""
+        return not self.final and self.step % (self.num_steps // self.num_epochs) == 0
+
 
 @dataclass
 class Batch:

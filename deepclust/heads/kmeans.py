@@ -21,7 +21,7 @@ class KMeansHead(Head):
 
     def init_prototypes(self, bank: Bank) -> None:
         """Fits the centroids."""
-        self.layer.init_kmeans(bank.features, num_restarts=self.num_restarts, group=bank.group)
+        self.layer.init_clusters(bank.features, ["kmeans"], num_restarts=self.num_restarts, group=bank.group)
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to logits (B, K)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.ops import kmeans
+from deepclust.ops.collectives import mean_rows, sum_over
+from deepclust.ops.spectral import spectral_clusters
+
+SPECTRAL_NEIGHBORS = (15, 20, 30)
 
 
 class ClusterLayer(nn.Module):
@@ -49,14 +54,41 @@ class ClusterLayer(nn.Module):
             self.weight[rows] = centroids / (self.temperature * scale)
             self.bias[rows] = 0
 
-    def init_kmeans(self, features: Tensor, *, num_restarts: int = 3, group: Any = None) -> None:
-        """Spherical k-means of the bank's features (n, D), drawn anew for each sub-head, becomes the weights."""
-        scale = float(features.norm(dim=1).mean())
+    def init_clusters(
+        self, features: Tensor, methods: Sequence[str], *, num_restarts: int = 3, group: Any = None
+    ) -> None:
+        """Clusters of the bank's features (n, D) become weights: sub-head h begins by `methods[h % len(methods)]`.
+
+        `kmeans`: spherical k-means. `spectral`: means of spectral clusters, on graphs of 15, 20 and 30 neighbours in
+        turn, then fitted to give those very clusters. `random`: left as drawn. Each sub-head has its own seed.
+        """
+        scale = float(mean_rows(features.norm(dim=1, keepdim=True), group))
         for head in range(self.num_heads):
-            result = kmeans(
-                features, self.num_clusters, spherical=True, num_restarts=num_restarts, seed=head, num_iters=50, group=group
-            )
-            self.set_prototypes(head, result.centroids.to(self.weight), scale)
+            method = methods[head % len(methods)]
+            if method == "kmeans":
+                found = kmeans(features, self.num_clusters, spherical=True, num_restarts=num_restarts, seed=head, num_iters=50, group=group)
+                self.set_prototypes(head, found.centroids.to(self.weight), scale)
+            elif method == "spectral":
+                neighbors = SPECTRAL_NEIGHBORS[head % len(SPECTRAL_NEIGHBORS)]
+                labels = spectral_clusters(features, self.num_clusters, num_neighbors=neighbors, seed=head, group=group)
+                members = F.one_hot(labels, self.num_clusters).to(features)
+                sums = sum_over(members.T @ F.normalize(features, dim=1), group)
+                self.set_prototypes(head, F.normalize(sums, dim=1).to(self.weight), scale)
+                self._fit(head, features, labels, group)
+
+    def _fit(self, head: int, features: Tensor, labels: Tensor, group: Any, steps: int = 100, lr: float = 5e-3) -> None:
+        """Cross entropy on the frozen features, whole bank per step: nearest means alone do not give spectral clusters."""
+        with torch.enable_grad():
+            parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+            optimizer = torch.optim.Adam(parameters, lr=lr)
+            num = sum_over(torch.tensor(float(len(labels)), device=features.device), group)
+            for _ in range(steps):
+                loss = F.cross_entropy(self(features)[head], labels, reduction="sum") / num
+                for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+                    parameter.grad = sum_over(grad, group)
+                optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None
 
     @torch.no_grad()
     def copy_head(self, other: ClusterLayer, head: int) -> None:

@@ -44,7 +44,8 @@ class SCAN(Head):
 
     num_neighbors: k nearest neighbours, on the features z or on the pretext's embedding (`mine_on`).
     include_self: the reference draws the image itself with probability 1 / (k + 1).
-    init: `kmeans` makes k-means centroids of the bank the first weights of each sub-head; the paper's is `random`.
+    init: how each sub-head begins; a list is gone through in turn. `kmeans` and `spectral` make the clusters' centroids
+    in the bank the first weights; the paper's is `random`.
     selection_entropy_weight: sub-heads are compared with weight 1 in the reference, whatever the training's weight is.
     """
 
@@ -65,7 +66,7 @@ class SCAN(Head):
         selection_entropy_weight: NonNegative = 1.0,
         kind: Literal["linear", "cosine"] = "linear",
         temperature: Positive = 0.1,
-        init: Literal["random", "kmeans"] = "random",
+        init: Literal["random", "kmeans", "spectral"] | list[Literal["random", "kmeans", "spectral"]] = "random",
         view: str = "strong",
     ) -> None:
         super().__init__()
@@ -76,10 +77,11 @@ class SCAN(Head):
         self.include_self = include_self
         self.entropy_weight = entropy_weight
         self.selection_entropy_weight = selection_entropy_weight
-        self.wants_prototypes = init == "kmeans"
+        self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
+        self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind=kind, temperature=temperature)
         self.embedder: list[nn.Module] = []
-        self.register_buffer("neighbors", torch.full((num_samples, self.num_neighbors + 1), -1))
+        self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors + 1))
 
     def init_from(self, previous: Head) -> None:
         """Keeps a pretext's projector for the mining, outside this head's own state."""
@@ -87,8 +89,8 @@ class SCAN(Head):
         self.embedder = [] if projector is None else [copy.deepcopy(projector).requires_grad_(False).eval()]
 
     def init_prototypes(self, bank: Bank) -> None:
-        """K-means of the bank's features makes the first weights."""
-        self.layer.init_kmeans(bank.features, group=bank.group)
+        """Clusters of the bank's features make the first weights."""
+        self.layer.init_clusters(bank.features, self.init, group=bank.group)
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to H logits (B, K)."""

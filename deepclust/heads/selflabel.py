@@ -15,21 +15,26 @@ from torch import Tensor
 
 from deepclust.heads.base import Batch, Head, Output, Targets, View
 from deepclust.heads.layers import ClusterLayer
-from deepclust.ops.collectives import sum_over
+from deepclust.ops.collectives import gather_rows, sum_over
 from deepclust.schema import Count, Fraction, Positive
 
 
 def confident_targets(
-    logits: Tensor, *, threshold: float = 0.99, balance: bool = True, group: Any = None
+    logits: Tensor, *, threshold: float = 0.99, quota: float | None = None, balance: bool = True, group: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Hard labels and weights (SCAN, eq. 4 and its balanced cross entropy).
 
-    logits: (B, K). A sample counts if its largest probability is above `threshold`; with `balance` each label present
-    gets the same total weight over all ranks. Returns labels (B,) int64 and weights (B,) whose mean over the rows of
-    all ranks is 1, or 0 where nobody is confident (the reference stops with an error there).
+    logits: (B, K). A sample counts if its largest probability is above `threshold` or, with a `quota`, if it is among
+    that share of the most confident samples of its cluster over all ranks: small and uncertain clusters then teach as
+    well as sure ones. With `balance` each label present gets the same total weight over all ranks. Returns labels (B,)
+    int64 and weights (B,) whose mean over the rows of all ranks is 1, or 0 where nobody is confident (the reference
+    stops with an error there).
     """
     confidence, labels = logits.softmax(dim=1).max(dim=1)
-    weights = (confidence > threshold).to(logits.dtype)
+    if quota is None:
+        weights = (confidence > threshold).to(logits.dtype)
+    else:
+        weights = (confidence >= _cutoffs(confidence, labels, logits.shape[1], quota, group)[labels]).to(logits.dtype)
     if balance:
         counts = sum_over(torch.zeros_like(logits[0]).index_add_(0, labels, weights), group)
         weights = weights / counts.clamp_min(1)[labels]
@@ -37,8 +42,19 @@ def confident_targets(
     return labels, weights * (total[1] / total[0].clamp_min(1e-12))
 
 
+def _cutoffs(confidence: Tensor, labels: Tensor, num_clusters: int, quota: float, group: Any) -> Tensor:
+    """(K,) confidence of the last sample that counts in each cluster."""
+    everyone, whose = gather_rows(confidence, group)[0], gather_rows(labels, group)[0]
+    cutoffs = confidence.new_zeros(num_clusters)
+    for cluster in range(num_clusters):
+        members = everyone[whose == cluster]
+        if len(members):
+            cutoffs[cluster] = members.topk(max(1, round(quota * len(members)))).values[-1]
+    return cutoffs
+
+
 class SelfLabel(Head):
-    """One cluster layer, taken over from the stage before."""
+    """One cluster layer, taken over from the stage before. `quota` takes the place of `threshold` where it is given."""
 
     def __init__(
         self,
@@ -46,6 +62,7 @@ class SelfLabel(Head):
         num_clusters: Count,
         *,
         threshold: Fraction = 0.99,
+        quota: Fraction | None = None,
         balance: bool = True,
         kind: Literal["linear", "cosine"] = "linear",
         temperature: Positive = 0.1,
@@ -55,6 +72,7 @@ class SelfLabel(Head):
         super().__init__()
         self.views = (View(target_view, used_for="targets"), View(loss_view, used_for="loss"))
         self.threshold = threshold
+        self.quota = quota
         self.balance = balance
         self.layer = ClusterLayer(dim, num_clusters, kind=kind, temperature=temperature)
 
@@ -71,7 +89,7 @@ class SelfLabel(Head):
     def targets(self, outputs: Mapping[int, Output], batch: Batch) -> Targets:
         """Labels and weights of the whole macro batch over all ranks."""
         labels, weights = confident_targets(
-            outputs[0].logits[0], threshold=self.threshold, balance=self.balance, group=batch.group
+            outputs[0].logits[0], threshold=self.threshold, quota=self.quota, balance=self.balance, group=batch.group
         )
         return Targets(labels=labels, weights=weights)
 

@@ -2,6 +2,10 @@
 
 Negatives are the other images of the micro batch of all ranks. `one_sided=True` is the variant of the SCAN reference,
 where only the first view's embeddings are anchors; the paper (and the default) takes both.
+
+With `neighbors_from` the second view is, late in training, one of the image's nearest neighbours on the features of that
+time (itself included): positives that augmentation cannot make, in the manner of NNCLR (Dwibedi et al. 2021), but mined
+over all images once a pass rather than from a queue.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.heads.base import Batch, Head, Output, Targets, View
+from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
+from deepclust.ops import knn
 from deepclust.ops.collectives import gather_rows
-from deepclust.schema import Count, Positive
+from deepclust.schema import Count, Fraction, Positive
 
 
 def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, one_sided: bool = False, group: Any = None) -> Tensor:
@@ -35,7 +40,10 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, one_side
 
 
 class SimCLR(Head):
-    """Projector and NT-Xent loss. The embedding is the projector's output; it predicts no clusters."""
+    """Projector and NT-Xent loss. The embedding is the projector's output; it predicts no clusters.
+
+    neighbors_from: share of training after which neighbours are positives; None (the paper) for never.
+    """
 
     def __init__(
         self,
@@ -46,12 +54,16 @@ class SimCLR(Head):
         batch_norm: bool = True,
         temperature: Positive = 0.3,
         one_sided: bool = False,
+        neighbors_from: Fraction | None = None,
+        num_neighbors: Count = 5,
         view: str = "simclr",
     ) -> None:
         super().__init__()
-        self.views = (View(view, used_for="loss"), View(view, used_for="loss"))
+        self.views = (View(view, used_for="loss"), View(view, source="partner", used_for="loss"))
         self.temperature = temperature
         self.one_sided = one_sided
+        self.neighbors_from = neighbors_from
+        self.num_neighbors = num_neighbors
         norm: nn.Module = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
         self.projector = nn.Sequential(
             nn.Linear(dim, hidden_dim, bias=not batch_norm), norm, nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim)
@@ -60,6 +72,21 @@ class SimCLR(Head):
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to an embedding (B, E), not normalised."""
         return Output(z, self.projector(z))
+
+    def bank_due(self, progress: Progress) -> BankSpec | None:
+        """Before each pass, once neighbours are wanted."""
+        begun = self.neighbors_from is not None and progress.epoch >= self.neighbors_from * progress.num_epochs
+        return BankSpec() if begun and progress.starts_epoch else None
+
+    def refresh(self, bank: Bank) -> Refresh:
+        """Mines this pass's neighbours. An image that could not be read is its own neighbour."""
+        index, _ = gather_rows(bank.index, bank.group)
+        k = min(self.num_neighbors, len(index) - 1)
+        _, rows = knn(bank.features, bank.features, k=k, exclude_self=True, group=bank.group)
+        found, _ = gather_rows(torch.cat([bank.index[:, None], index[rows]], dim=1), bank.group)
+        partners = torch.arange(bank.num_samples, device=found.device)[:, None].repeat(1, k + 1)
+        partners[index] = found
+        return Refresh(partners=partners)
 
     def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
         """NT-Xent over the two views."""

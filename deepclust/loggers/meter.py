@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,19 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._rows = 0
         self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """The clock of the first interval starts."""
+        self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The interval that a stop cuts in two, for this rank: the line that is logged later must hold all of it."""
+        return {"sums": dict(self._sums), "rows": self._rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the interval that `state_dict` was taken in."""
+        self._sums = {name: value.to(self.world.device) for name, value in state["sums"].items()}
+        self._rows = state["rows"]
 
     def add(self, sums: Mapping[str, Tensor], rows: int) -> None:
         """Metrics of a step, each summed over this rank's rows."""

@@ -1,4 +1,4 @@
-"""The mathematics shared by the methods: k-means, optimal transport, neighbours, whitening. Names load when first used."""
+"""Mathematics shared by the methods: k-means, optimal transport, neighbours, whitening. Names load when first used."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Ops(ModuleType):
-    """Keeps `ops.kmeans` the function: importing the folder of that name would otherwise put the module in its place."""
+    """Keeps `ops.kmeans` the function: importing the folder of that name would else put the module in its place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclust.ops.precision import exact, plain
+
 Metric = Literal["cosine", "dot", "euclidean"]
 
 PIECE_ROWS = 65_536  # rows of the bank that are looked at (and broadcast) at a time
@@ -17,7 +19,7 @@ SCORES_GPU = 67_108_864  # 256 MB: enough rows to fill a GPU
 BLOCK = 16  # columns per block maximum
 
 
-@torch.no_grad()
+@exact
 def knn(
     queries: Tensor, bank: Tensor, *, k: int, metric: Metric = "cosine", exclude_self: bool = False, group: Any = None
 ) -> tuple[Tensor, Tensor]:
@@ -48,8 +50,7 @@ def knn(
 
 
 def _prepare(x: Tensor, metric: Metric) -> Tensor:
-    x = torch.as_tensor(x)
-    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    x = plain(torch.as_tensor(x))
     if metric != "cosine" or not x.numel():
         return x
     # the largest entry goes first, so that no norm overflows or underflows; a zero row has similarity 0 to everything

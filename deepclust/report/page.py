@@ -100,8 +100,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("acc", "nmi", "ari")]
     cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("neighbor_agreement", "mean_confidence")]
     cards += [("Time", _figure("seconds", summary.get("seconds")))]
-    memory = summary.get("peak_memory_mb")
-    cards += [("Memory", f"{memory:,.0f}<small> MB</small>")] if memory is not None else []
+    cards += [("Memory", _figure("peak_memory_mb", summary.get("peak_memory_mb")))]
     items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in cards if value)
     return f'<dl class="headline">{items}</dl>' if items else ""
 
@@ -114,6 +113,8 @@ def _figure(key: str, value: Any) -> str:
         return f"{100 * value:.1f}<small> %</small>"
     if key == "seconds":
         return f"{value:.1f}<small> s</small>" if value < 100 else f"{value / 60:.1f}<small> min</small>"
+    if key == "peak_memory_mb":
+        return f"{value:.0f}<small> MB</small>" if value < 1000 else f"{value / 1000:.1f}<small> GB</small>"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 

@@ -99,6 +99,19 @@ def test_confident_targets_are_the_balanced_cross_entropy_of_the_paper():
     )
 
 
+def test_a_quota_takes_the_surest_share_of_each_cluster():
+    torch.manual_seed(0)
+    logits = torch.randn(300, 3) * torch.tensor([6.0, 1.0, 0.3])
+    confidence, labels = logits.softmax(1).max(1)
+    _, weights = confident_targets(logits, quota=0.5)
+    for cluster in range(3):
+        members = labels == cluster
+        chosen = members & (weights > 0)
+        assert int(chosen.sum()) == round(0.5 * int(members.sum()))
+        assert confidence[chosen].min() >= confidence[members & (weights == 0)].max()
+        assert float(weights[chosen].sum()) == pytest.approx(100, rel=1e-5), "each cluster weighs the same"
+
+
 def test_nobody_confident_is_a_loss_of_zero():
     labels, weights = confident_targets(torch.randn(10, 4), threshold=1.0)
     assert (weights == 0).all() and torch.isfinite(weights).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -94,7 +96,7 @@ def test_spherical_ignores_lengths() -> None:
 def test_objective_never_rises(init: str, spherical: bool) -> None:
     x = mixture(800, 6, 12, spread=2.0)
     values = [kmeans(x, 25, init=init, num_iters=t, spherical=spherical).inertia for t in range(12)]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(values, values[1:]))
+    assert all(after <= before * (1 + 1e-6) for before, after in pairwise(values))
     assert values[-1] < values[0]
 
 

@@ -31,7 +31,7 @@ def bias_of(centroids: Tensor, spherical: bool) -> Tensor | None:
 
 
 def rows_at_a_time(num_clusters: int, dim: int) -> int:
-    """Rows whose scores stay in the second-level cache; long rows repay the packing of the centroids only in larger lots."""
+    """Rows whose scores stay in the second-level cache; long rows repay packing the centroids only in larger lots."""
     return max(min(4096, (1 << 18) // num_clusters), min(1024, max(256, 2 * dim)))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepclust.ops.kmeans.assign import backend_for, rows_at_a_time
+from deepclust.ops.kmeans.assign import Assign, backend_for, bias_of, rows_at_a_time
 from deepclust.ops.kmeans.init import initial_centroids
-from deepclust.ops.kmeans.lloyd import Run, Settings, lloyd
+from deepclust.ops.kmeans.lloyd import Settings, lloyd
 from deepclust.ops.kmeans.ranks import Ranks
 from deepclust.ops.kmeans.rows import Rows
 
@@ -64,11 +64,12 @@ def kmeans(
     """Exact Lloyd k-means; the N × K distances are never stored.
 
     Args:
-        x: (N, D) or a batch of problems (…, N, D): tensor, NumPy array or memory map of any real dtype and layout, or an
-            iterable of (n, D) chunks that can be read again and again. Half precision is computed in float32.
+        x: (N, D) or a batch of problems (…, N, D): tensor, NumPy array or memory map of any real dtype and layout, or
+            an iterable of (n, D) chunks that can be read again and again. Half precision is computed in float32.
         num_clusters: K, at most the number of rows of all ranks.
         init: "k-means++" (greedy, on a subsample), "k-means||" (Bahmani et al. 2012), "random" rows, or (…, K, D).
-        num_iters: most updates of the centroids; the labels of the result are assigned after the last one.
+        num_iters: most updates of the centroids; the labels of the result are assigned after the last one. With 0 and
+            a given start, rows (any number of them) are only assigned.
         tol: stop when the centroids' summed squared movement is at most `tol` times the mean variance of a feature.
         num_restarts: runs with different starts; the one of lowest inertia is returned.
         spherical: cosine similarity: rows count with length one, centroids have length one.
@@ -84,38 +85,72 @@ def kmeans(
     Raises:
         ValueError: names the argument, its value and what would be valid; rows with NaN or infinity are listed.
     """
+    settings = Settings(num_iters, tol, num_restarts, empty, chunk_size, backend, on_iteration)
     if getattr(x, "ndim", 2) > 2:
-        raise ValueError(f"x: expected shape (N, D), got {tuple(x.shape)}")
-    ranks = Ranks(group)
-    rows = Rows(x, ranks, weights=sample_weights, spherical=spherical)
-    start = _check(rows, num_clusters, init, num_iters, tol, num_restarts, empty)
-    chunk = chunk_size or rows_at_a_time(num_clusters, rows.dim)
-    assign = backend_for(backend, rows.device)
+        if group is not None:
+            raise ValueError(
+                f"x: a batch of problems, {tuple(x.shape)}, cannot be spread over ranks; give one at a time"
+            )
+        return _batch(x, num_clusters, init, spherical, sample_weights, seed, settings)
+    rows = Rows(x, Ranks(group), weights=sample_weights, spherical=spherical)
+    return _solve(rows, num_clusters, init, seed, settings)
+
+
+def _batch(
+    x: Any, num_clusters: int, init: Any, spherical: bool, weights: Any, seed: int, settings: Settings
+) -> KMeansResult:
+    """Every problem of a (…, N, D) batch by itself, each with its own stream of random numbers."""
+    lead = tuple(x.shape[:-2])
+    if 0 in lead:
+        raise ValueError(f"x: expected at least one problem, got shape {tuple(x.shape)}")
+    found = []
+    for number, index in enumerate(np.ndindex(*lead)):
+        rows = Rows(x[index], Ranks(), weights=None if weights is None else weights[index], spherical=spherical)
+        start = init if isinstance(init, str) else init[index]
+        found.append(_solve(rows, num_clusters, start, seed + number, settings))
+
+    def stack(name: str) -> Tensor:
+        parts = torch.stack([torch.as_tensor(getattr(one, name)) for one in found])
+        return parts.reshape(*lead, *parts.shape[1:])
+
+    tensors = {name: stack(name) for name in ("centroids", "labels", "inertia", "counts")}
+    most, empties = max(one.num_iters for one in found), sum(one.num_empty for one in found)
+    return KMeansResult(**tensors, num_iters=most, num_empty=empties)
+
+
+def _solve(rows: Rows, num_clusters: int, init: Any, seed: int, settings: Settings) -> KMeansResult:
+    """One problem: every restart, and the best of them."""
+    start = _check(rows, num_clusters, init, settings)
+    backend = backend_for(settings.backend, rows.device)
+
+    def assign(centroids: Tensor) -> Assign:
+        chunk_size = settings.chunk_size or rows_at_a_time(num_clusters, rows.dim)
+        return backend(centroids, bias_of(centroids, rows.spherical), chunk_size)
+
     runs = []
-    for restart in range(1 if isinstance(start, Tensor) else num_restarts):
+    for restart in range(1 if isinstance(start, Tensor) else settings.num_restarts):
         stream = int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
-        settings = Settings(num_iters, tol, empty, stream, chunk, assign, on_iteration)
-        runs.append(lloyd(rows, initial_centroids(rows, num_clusters, start, stream, assign), settings))
-    return _result(rows, min(runs, key=lambda run: run.inertia))
+        centroids = initial_centroids(rows, num_clusters, start, stream, backend)
+        runs.append(lloyd(rows, centroids, assign, settings, stream))
+    best = min(runs, key=lambda run: run.inertia)
+    centroids = best.centroids if rows.shift is None else best.centroids + rows.shift
+    return KMeansResult(centroids, best.labels, best.inertia, best.num_iters, best.counts, best.num_empty)
 
 
-def _result(rows: Rows, run: Run) -> KMeansResult:
-    centroids = run.centroids if rows.shift is None else run.centroids + rows.shift
-    return KMeansResult(centroids, run.labels, run.inertia, run.num_iters, run.counts, run.num_empty)
-
-
-def _check(
-    rows: Rows, num_clusters: int, init: Any, num_iters: int, tol: float, num_restarts: int, empty: str
-) -> str | Tensor:
+def _check(rows: Rows, num_clusters: int, init: Any, settings: Settings) -> str | Tensor:
     """The start as a name or a tensor; refuses arguments that make no sense."""
-    if not 1 <= num_clusters <= rows.total:
+    only_assign = settings.num_iters == 0 and not isinstance(init, str)
+    if not 1 <= num_clusters <= rows.total and not only_assign:
         raise ValueError(
             f"num_clusters={num_clusters}: must be at least 1 and at most the number of rows, {rows.total}"
         )
-    if num_iters < 0 or num_restarts < 1 or not tol >= 0:
-        raise ValueError(f"num_iters={num_iters}, num_restarts={num_restarts}, tol={tol}: must be >= 0, >= 1 and >= 0")
-    if empty not in EMPTIES:
-        raise ValueError(f"empty={empty!r}: must be one of {', '.join(EMPTIES)}")
+    if settings.num_iters < 0 or settings.num_restarts < 1 or not settings.tol >= 0:
+        given = f"num_iters={settings.num_iters}, num_restarts={settings.num_restarts}, tol={settings.tol}"
+        raise ValueError(f"{given}: must be at least 0, 1 and 0")
+    if settings.chunk_size is not None and settings.chunk_size < 1:
+        raise ValueError(f"chunk_size={settings.chunk_size}: must be at least 1, or None")
+    if settings.empty not in EMPTIES:
+        raise ValueError(f"empty={settings.empty!r}: must be one of {', '.join(EMPTIES)}")
     if isinstance(init, str):
         if init not in INITS:
             raise ValueError(f"init={init!r}: must be one of {', '.join(INITS)} or a (K, D) tensor")

@@ -71,7 +71,7 @@ def parallel_candidates(rows: Rows, num_clusters: int, seed: int, assign: Backen
 
 
 def _approach(rows: Rows, new: Tensor, first: int, nearest: Tensor, owner: Tensor, assign: Backend) -> None:
-    """Lowers every row's squared distance to its nearest candidate, in place; `first` is the index of the first new one."""
+    """Lowers every row's squared distance to its nearest candidate, in place; `first` is the first new one's index."""
     find = assign(new, bias_of(new, False), rows_at_a_time(len(new), rows.dim))
     for start, block in rows.blocks():
         block = _directions(rows, block)

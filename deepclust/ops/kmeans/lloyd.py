@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepclust.ops.kmeans.assign import Assign, Backend, bias_of
+from deepclust.ops.kmeans.assign import Assign
+from deepclust.ops.kmeans.bounds import GroupBounds
 from deepclust.ops.kmeans.ranks import draw
 from deepclust.ops.kmeans.rows import Rows
-from deepclust.ops.kmeans.step import final_step, lloyd_step
+from deepclust.ops.kmeans.step import AssignAt, final_step, lloyd_step
+
+Assigner = Callable[[Tensor], Assign]
+"""Centroids (K, D) → what finds the nearest of them."""
 
 log = logging.getLogger("deepclust")
 
@@ -24,11 +28,11 @@ class Settings:
 
     num_iters: int
     tol: float
+    num_restarts: int
     empty: str
-    seed: int
-    chunk_size: int
-    backend: Backend
-    on_iteration: Callable[[int], None] | None = None
+    chunk_size: int | None
+    backend: str
+    on_iteration: Callable[[int], None] | None
 
 
 @dataclass
@@ -43,15 +47,16 @@ class Run:
     num_empty: int
 
 
-def lloyd(rows: Rows, centroids: Tensor, settings: Settings) -> Run:
+def lloyd(rows: Rows, centroids: Tensor, assign: Assigner, settings: Settings, seed: int) -> Run:
     """Iterates from `centroids` (K, D) until they move by no more than the tolerance or the iterations are used up."""
-    labels = torch.empty(rows.num, dtype=torch.int64, device=rows.device)
+    labels = torch.zeros(rows.num, dtype=torch.int64, device=rows.device)
+    search = _search(rows, assign, len(centroids))
     if rows.spherical:
         centroids = F.normalize(centroids, dim=1)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     iteration, num_empty, settled, still = 0, 0, False, False
     while iteration < settings.num_iters and not settled:
-        packed = lloyd_step(rows, _assign(rows, centroids, settings), len(centroids), labels)
+        packed = lloyd_step(rows, search(centroids), len(centroids), labels)
         iteration += 1
         num_empty += int((packed[:, -1] <= 0).sum())
         moved = _move(rows, packed, centroids, settings, generator)
@@ -63,15 +68,29 @@ def lloyd(rows: Rows, centroids: Tensor, settings: Settings) -> Run:
         if settings.on_iteration is not None:
             settings.on_iteration(iteration)
     # Centroids that did not move at all already own their labels.
-    last = None if still else _assign(rows, centroids, settings)
+    last = None if still else search(centroids)
     inertia, counts = final_step(rows, last, centroids, labels)
     if num_empty:
         log.info("k-means: %d empty clusters met in %d iterations (empty=%s)", num_empty, iteration, settings.empty)
     return Run(centroids, labels, inertia, iteration, counts, num_empty)
 
 
-def _assign(rows: Rows, centroids: Tensor, settings: Settings) -> Assign:
-    return settings.backend(centroids, bias_of(centroids, rows.spherical), settings.chunk_size)
+def _search(rows: Rows, assign: Assigner, num_clusters: int) -> Callable[[Tensor], AssignAt]:
+    """Full search, or group bounds around it where these can win."""
+    if not GroupBounds.worth_trying(rows, num_clusters):
+
+        def full(centroids: Tensor) -> AssignAt:
+            find = assign(centroids)
+            return lambda start, block, part: find(block, part)
+
+        return full
+    bounds = GroupBounds(rows)
+
+    def bounded(centroids: Tensor) -> AssignAt:
+        bounds.begin(centroids, assign(centroids))
+        return bounds.assign
+
+    return bounded
 
 
 def _travelled(rows: Rows, moved: Tensor, centroids: Tensor, tol: float) -> Tensor:

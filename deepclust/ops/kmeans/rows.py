@@ -112,22 +112,25 @@ class Rows:
     def _scan(self) -> None:
         """One pass: counts rows, refuses bad ones, and finds out whether the data lie far from the origin."""
         moments = torch.zeros(self.dim + 2, dtype=torch.float64, device=self.device)
-        bad, unit = [], True
+        bad: list[int] = []
+        self.unit = self.spherical
         for start, block in self.blocks():
             self.num = start + len(block)
             for low in range(0, len(block), SLICE):
                 some = block[low : low + SLICE]
-                norms = torch.linalg.vector_norm(some, dim=1).double()
-                if not bool(torch.isfinite(norms).all()):
-                    rows = torch.nonzero(~torch.isfinite(norms)).flatten()[: 5 - len(bad)]
-                    bad += (start + low + rows).tolist()
-                unit = unit and bool(((norms - 1).abs() < 1e-6).all())
-                moments[:-2] += some.sum(0)
-                moments[-2] += norms.square().sum()
+                square = torch.dot(some.view(-1), some.view(-1))
+                if not bool(torch.isfinite(square)):
+                    norms = torch.linalg.vector_norm(some, dim=1)
+                    rows = torch.nonzero(~torch.isfinite(norms.square())).flatten()
+                    bad += (start + low + rows[: 5 - len(bad)]).tolist()
+                if self.unit:
+                    self.unit = bool(((torch.linalg.vector_norm(some, dim=1) - 1).abs() < 1e-6).all())
+                moments[:-2] += torch.mv(some.T, some.new_ones(len(some)))
+                moments[-2] += square
             moments[-1] += len(block)
         self.offset, self.total = self.ranks.offset(self.num)
         self._refuse(bad)
-        self.unit = all(self.ranks.gather(unit))
+        self.unit = all(self.ranks.gather(self.unit))
         self.ranks.sum(moments)
         mean, square = moments[:-2] / moments[-1].clamp_min(1), moments[-2] / moments[-1].clamp_min(1)
         # The mean squared length about the mean, D times the mean variance of a feature.
@@ -141,8 +144,8 @@ class Rows:
         rows = [row for part in self.ranks.gather(rows) for row in part][:5]
         if rows:
             raise ValueError(
-                f"x: rows {', '.join(map(str, rows))}{' …' if len(rows) == 5 else ''} hold NaN, infinity or values whose "
-                "squares overflow; remove or repair these rows first"
+                f"x: rows {', '.join(map(str, rows))}{' …' if len(rows) == 5 else ''} hold NaN, infinity or values "
+                "whose squares overflow; remove or repair these rows first"
             )
 
     def _check_weights(self, weights: Any) -> Tensor | None:
@@ -164,11 +167,10 @@ class Rows:
 
 def _source(x: Any) -> Tensor | np.ndarray | Iterable[Any]:
     """`x` as a tensor, an array or something that can be read again and again."""
+    is_table = isinstance(x, (list, tuple)) and len(x) > 0 and getattr(x[0], "ndim", 0) != 2
     if isinstance(x, (Tensor, np.ndarray)):
         source = x
-    elif isinstance(x, (list, tuple)) and not (x and getattr(x[0], "ndim", 0) == 2):
-        source = np.asarray(x)
-    elif hasattr(x, "__array__"):
+    elif is_table or hasattr(x, "__array__"):
         source = np.asarray(x)
     else:
         if not isinstance(x, Iterable) or iter(x) is x:

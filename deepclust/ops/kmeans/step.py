@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepclust.ops.kmeans.assign import Assign
 from deepclust.ops.kmeans.rows import Rows
+
+AssignAt = Callable[[int, Tensor, Tensor], None]
+"""(first row's index, block (B, D), labels (B,) int64, overwritten)."""
 
 SLICE = 2048
 """Rows whose differences to their centroids exist at one time."""
 
 
-def lloyd_step(rows: Rows, assign: Assign, num_clusters: int, labels: Tensor) -> Tensor:
+def lloyd_step(rows: Rows, assign: AssignAt, num_clusters: int, labels: Tensor) -> Tensor:
     """Assigns every row of this rank and adds it up.
 
     Args:
@@ -27,7 +31,7 @@ def lloyd_step(rows: Rows, assign: Assign, num_clusters: int, labels: Tensor) ->
     packed = torch.zeros(num_clusters, rows.dim + 1, dtype=torch.float64, device=rows.device)
     for start, block in rows.blocks():
         part = labels[start : start + len(block)]
-        assign(block, part)
+        assign(start, block, part)
         sums, counts = segment_sums(block, part, num_clusters, rows.block_weights(start, block))
         packed[:, :-1] += sums
         packed[:, -1] += counts
@@ -53,14 +57,14 @@ def _by_cluster(labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """(row indices ordered by cluster and within it by index (B,), each cluster's first place in that order (K,))."""
     if labels.device.type == "cpu" and num_clusters <= 1 << 16:
         # NumPy sorts 16-bit integers by radix, several times faster than any other sort at hand.
-        order = torch.from_numpy(np.argsort(labels.numpy().astype(np.uint16), kind="stable"))
+        order = torch.from_numpy(np.argsort(labels.numpy().astype(np.uint16), kind="stable").astype(np.int32))
     else:
-        order = torch.argsort(labels.int(), stable=True)
+        order = torch.argsort(labels.int(), stable=True).int()
     counts = torch.bincount(labels, minlength=num_clusters)
-    return order, torch.cumsum(counts, 0) - counts
+    return order, (torch.cumsum(counts, 0) - counts).int()
 
 
-def final_step(rows: Rows, assign: Assign | None, centroids: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+def final_step(rows: Rows, assign: AssignAt | None, centroids: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Assigns once more (unless `assign` is None) and measures.
 
     Returns:
@@ -70,15 +74,16 @@ def final_step(rows: Rows, assign: Assign | None, centroids: Tensor, labels: Ten
     for start, block in rows.blocks():
         part = labels[start : start + len(block)]
         if assign is not None:
-            assign(block, part)
+            assign(start, block, part)
         for low in range(0, len(block), SLICE):
             some = block[low : low + SLICE]
             if rows.spherical:
                 some = F.normalize(some, dim=1)
-            distances = (some - centroids[part[low : low + SLICE]]).square_().sum(1)
+            differences = centroids.index_select(0, part[low : low + SLICE]).sub_(some)
+            distances = torch.linalg.vector_norm(differences, dim=1).double().square_()
             if rows.weights is not None:
                 distances *= rows.weights[start + low : start + low + len(some)]
-            total[-1] += distances.sum(dtype=torch.float64)
+            total[-1] += distances.sum()
         total[:-1] += torch.bincount(part, minlength=len(centroids))
     rows.ranks.sum(total)
     return float(total[-1]), total[:-1].long()

@@ -6,7 +6,13 @@ Importing this package imports no torch; the solvers come with their first use.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepclust.ops.transport.balanced import sinkhorn
+    from deepclust.ops.transport.labels import SelfLabelResult, self_label
+    from deepclust.ops.transport.partial import TransportResult, mass_schedule, partial_transport
+    from deepclust.ops.transport.semantic import semantic_partial_transport
 
 _HOME = {
     "sinkhorn": "balanced",
@@ -17,7 +23,15 @@ _HOME = {
     "partial_transport": "partial",
     "semantic_partial_transport": "semantic",
 }
-__all__ = list(_HOME)
+__all__ = [
+    "SelfLabelResult",
+    "TransportResult",
+    "mass_schedule",
+    "partial_transport",
+    "self_label",
+    "semantic_partial_transport",
+    "sinkhorn",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deepclust.ops.transport.shared import all_max, all_sum, exact, plain, refuse_not_finite, wide
+from deepclust.ops.precision import exact, plain, wide
+from deepclust.ops.transport.shared import all_max, all_sum, refuse_not_finite
 
 CHUNK_BYTES = 393_216  # rows worked on at a time on a CPU: exp, row sums and column sums then stay in a core's cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
@@ -28,7 +29,7 @@ def sinkhorn(
 
     scores: (B, K) similarities (larger = more alike), any finite values; float16 and bfloat16 are computed in float32.
     column_marginal: (K,) non-negative, the share of the batch each cluster gets; uniform by default. With a process
-    `group` scores are this rank's rows of one joint batch, of any number. backend "pot" asks the POT library (one rank).
+    `group` scores are this rank's rows of one joint batch, of any number. backend "pot" asks the POT library.
 
     Returns codes (B, K), float64 for float64 scores, else float32. Rows sum to 1; columns approach B * column_marginal
     as `num_iters` grows. Source: SwAV (Caron et al. 2020), equation 5 and appendix A.
@@ -139,5 +140,6 @@ def _pot(scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group
     import ot
 
     share = scores.new_full((len(scores),), 1.0 / max(1, len(scores)))
-    options = {"numItermax": num_iters, "stopThr": 0.0, "warn": False}
-    return len(scores) * ot.sinkhorn(share, marginal, -scores, epsilon, method="sinkhorn_log", **options)
+    options = {"method": "sinkhorn_log", "numItermax": num_iters, "stopThr": 0.0, "warn": False}
+    plan: Any = ot.sinkhorn(share, marginal, -scores, epsilon, **options)
+    return len(scores) * plan

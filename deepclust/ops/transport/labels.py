@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepclust.ops.precision import exact, wide
 from deepclust.ops.transport.scaling import Balance, Kernel, balance, chunk_rows
-from deepclust.ops.transport.shared import all_max, all_sum, exact, wide
+from deepclust.ops.transport.shared import all_max, all_sum
 
 PAPER_PERIOD = 10  # the paper looks at its error every tenth iteration
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.scaling import Balance, Kernel, balance, chunk_rows
-from deepclust.ops.transport.shared import exact, plain, wide
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Matrix scaling exp(sharpness * benefit) -> diag(a) . diag(b) that neither overflows nor underflows.
 
-A cluster's scale b is split: the bulk of its logarithm is absorbed into the stored kernel, the rest multiplies it. Every
-row of the kernel is divided by its largest entry. The kernel is rebuilt when the rest grows, which gives what a
+A cluster's scale b is split: the bulk of its logarithm is absorbed into the stored kernel, the rest multiplies it.
+Every row of the kernel is divided by its largest entry. The kernel is rebuilt when the rest grows, which gives what a
 logarithmic domain gives at the price of two matrix-vector products a round (Schmitzer 2019, section 3.1).
 """
 
@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepclust.ops.transport.shared import all_max, all_sum, wide
+from deepclust.ops.collectives import gather_rows, row_counts
+from deepclust.ops.precision import wide
+from deepclust.ops.transport.shared import all_max, all_sum
 
 CHUNK_BYTES = 1_048_576  # of the kernel worked on at a time on a CPU, so that a round reads memory once
 EASY_RANGE = 50.0  # of sharpness * benefit in a row: there scales of 1 are a good start
 MEMORY = 8  # differences that Anderson's mixing keeps
 FARTHEST = 100.0  # of an extrapolated move, in plain steps
+ROUGH = 1e-3  # violation that will do on the way to the asked sharpness
 
 
 def chunk_rows(num_clusters: int, device: torch.device) -> int:
@@ -62,7 +65,7 @@ class Kernel:
         if facts[2] > 0:
             raise ValueError(f"{name}: NaN or infinite values; first bad rows of this rank: {bad[:5]}")
         self.num_rows, self.num_clusters, self.range = rows, int(facts[0]), float(facts[1])
-        self.total = int(all_sum(torch.tensor([rows], device=self.device), self.group))
+        self.total = sum(row_counts(rows, self.group, self.device))
         if self.total == 0 or self.num_clusters == 0:
             raise ValueError(f"{name}: {self.total} samples and {self.num_clusters} clusters; there must be both")
 
@@ -117,27 +120,28 @@ class Kernel:
         return self.log_rows.new_tensor(self.log_virtual)
 
     def _solve_virtual(self, mass: float) -> float:
-        """y with mean sigmoid(y - log_rows) = 1 - mass: Newton on the log odds, inside a shrinking bracket."""
-        odds = math.log1p(-mass) - math.log(mass)
-        ends = self.log_rows.new_tensor([-torch.inf, -torch.inf])
-        if self.num_rows:
-            ends = torch.stack([self.log_rows.amax(), -self.log_rows.amin()])
-        ends = all_max(ends, self.group).tolist()
-        low, high = odds - ends[1], odds + ends[0]
-        eps = torch.finfo(self.dtype).eps
-        y = min(max(self.log_virtual, low), high)
-        for _ in range(100):
-            virtual = torch.sigmoid(y - self.log_rows)
-            sums = all_sum(torch.stack([virtual.sum(), (virtual * (1 - virtual)).sum()]), self.group) / self.total
-            share, slope = sums.tolist()
-            low, high = (low, y) if share > 1 - mass else (y, high)
-            if abs(share - (1 - mass)) <= 8 * eps or high - low <= eps * max(abs(low), abs(high)):
-                break
-            newton = math.nan
-            if slope > 0 and 0 < share < 1:
-                newton = y - (math.log(share) - math.log1p(-share) - odds) * share * (1 - share) / slope
-            y = newton if low < newton < high else 0.5 * (low + high)
-        return y
+        """y with mean sigmoid(y - log_rows) = 1 - mass over all ranks, each of which solves it for itself."""
+        log_rows, _ = gather_rows(self.log_rows, self.group)
+        return solve_virtual(log_rows, mass, self.log_virtual)
+
+
+def solve_virtual(log_rows: Tensor, mass: float, guess: float) -> float:
+    """y with mean sigmoid(y - log_rows (N,)) = 1 - mass: Newton on the log odds, inside a shrinking bracket."""
+    odds = math.log1p(-mass) - math.log(mass)
+    low, high = (odds + end for end in torch.stack(log_rows.aminmax()).tolist())
+    eps = torch.finfo(log_rows.dtype).eps
+    y = min(max(guess, low), high)
+    for _ in range(100):
+        virtual = torch.sigmoid(y - log_rows)
+        share, slope = torch.stack([virtual.mean(), (virtual * (1 - virtual)).mean()]).tolist()
+        low, high = (low, y) if share > 1 - mass else (y, high)
+        if abs(share - (1 - mass)) <= 8 * eps or high - low <= eps * max(abs(low), abs(high)):
+            break
+        newton = math.nan
+        if slope > 0 and 0 < share < 1:
+            newton = y - (math.log(share) - math.log1p(-share) - odds) * share * (1 - share) / slope
+        y = newton if low < newton < high else 0.5 * (low + high)
+    return y
 
 
 class Mixing:
@@ -185,24 +189,27 @@ def balance(
     """Scales under which the clusters' shares meet their targets (exponent 1) or give way to them (exponent < 1).
 
     log_target: (K,) logarithms of shares that sum to `mass`. exponent: kl_weight / (kl_weight + epsilon). violation:
-    the share of the mass that one more update would move. Without a given `log_scale` the sharpness is raised in
-    steps, each starting from the scales of the one before: far fewer rounds where the kernel spans many decades.
+    the share of the mass that one more update would move. Without a given `log_scale`, or where it leads nowhere, the
+    sharpness is raised in steps, each starting from the scales of the one before: far fewer rounds where the kernel
+    spans many decades.
     """
-    levels = [sharpness]
-    if log_scale is None:
-        steps = math.ceil(math.log(max(1.0, kernel.range * sharpness / EASY_RANGE), 4))
-        levels = [sharpness / 4**step for step in range(min(steps, 16), -1, -1)]
-    log_scale = torch.zeros_like(log_target) if log_scale is None else log_scale
     rounds = 0
-    result = Balance(log_scale, log_target.exp(), 0, math.inf)
-    for previous, level in zip([levels[0], *levels], levels):
+    if log_scale is not None:
+        kernel.absorb(log_scale, sharpness)
+        result = _rounds(kernel, log_scale, log_target, exponent, mass, tol, max_iters)
+        rounds = result.num_iters
+        if result.violation <= max(tol, ROUGH) or rounds == max_iters:
+            return result
+    log_scale, previous = torch.zeros_like(log_target), sharpness
+    steps = math.ceil(math.log(max(1.0, kernel.range * sharpness / EASY_RANGE), 4))
+    for level in (sharpness / 4**step for step in range(min(steps, 16), -1, -1)):
         last = level == sharpness
-        start = result.log_scale * (level / previous)
-        kernel.absorb(start, level)
-        left = max_iters - rounds if last else min(50, max_iters - rounds - 1)
-        result = _rounds(kernel, start, log_target, exponent, mass, tol if last else max(tol, 1e-3), left)
-        rounds += result.num_iters
-    return Balance(result.log_scale, result.shares, rounds, result.violation)
+        kernel.absorb(log_scale * (level / previous), level)
+        left = max_iters - rounds
+        limits = (tol, max(1, left)) if last else (max(tol, ROUGH), max(1, min(50, left // 4)))
+        result = _rounds(kernel, kernel.absorbed, log_target, exponent, mass, *limits)
+        rounds, log_scale, previous = rounds + result.num_iters, result.log_scale, level
+    return Balance(log_scale, result.shares, rounds, result.violation)
 
 
 def _rounds(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepclust.ops.collectives import row_counts
+from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.partial import TransportResult, check_settings, log_softmax_chunks, result, solve
 from deepclust.ops.transport.scaling import Kernel, chunk_rows
-from deepclust.ops.transport.shared import all_sum, exact, plain, wide
+from deepclust.ops.transport.shared import all_sum
 
 
 @exact
@@ -42,7 +45,7 @@ def semantic_partial_transport(
     check_settings(logits, mass, kl_weight, epsilon)
     logits = plain(logits)
     benefit = torch.cat(list(log_softmax_chunks(logits)))
-    sizes = _sizes(logits, group)
+    sizes = row_counts(len(logits), group, logits.device)
     if similarity.shape != (len(logits), sum(sizes)):
         raise ValueError(
             f"similarity {tuple(similarity.shape)} must be (rows of logits, rows of all ranks): "
@@ -54,7 +57,8 @@ def semantic_partial_transport(
     objective, rounds = math.inf, 0
     for _ in range(max_linearisations):
         tilted = benefit + similarity_weight * pull
-        kernel = Kernel(lambda: tilted.split(chunk_rows(tilted.shape[1], tilted.device)), True, group, "logits")
+        chunks = partial(tilted.split, chunk_rows(tilted.shape[1], tilted.device))
+        kernel = Kernel(chunks, True, group, "logits")
         solution = solve(kernel, mass, kl_weight, epsilon, tol, max_iters, warm_start)
         found = result(kernel, solution, mass, benefit)
         rounds, warm_start = rounds + found.num_iters, found.log_cluster_scale
@@ -64,16 +68,6 @@ def semantic_partial_transport(
         if abs(before - objective) < 1e-6:
             break
     return TransportResult(found.plan.to(logits.dtype), found.log_cluster_scale, rounds, found.mass, found.violation)
-
-
-def _sizes(logits: Tensor, group: Any) -> list[int]:
-    """Rows of every rank."""
-    size = torch.tensor([len(logits)], device=logits.device)
-    if group is None:
-        return size.tolist()
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    return [int(s) for s in sizes]
 
 
 def _pull(similarity: Tensor, plan: Tensor, sizes: list[int], group: Any) -> tuple[Tensor, Tensor]:

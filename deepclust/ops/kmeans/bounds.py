@@ -1,0 +1,161 @@
+"""Skips centroids that cannot be nearest, while few rows change cluster (Ding et al. 2015, "Yinyang k-means").
+
+Centroids are put in groups. Every row keeps, per group, a lower bound of its distance to the group's centroids other
+than its own; a pass lowers the bounds by the furthest movement in the group and looks again only where a bound has
+fallen below the row's distance to its own centroid. The labels are those of a full search up to ties.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepclust.ops.kmeans.assign import Assign
+from deepclust.ops.kmeans.rows import Rows
+
+MIN_CLUSTERS = 500
+"""Below this a full product is faster than any bookkeeping."""
+GROUP_SIZE = 40
+MAX_BYTES = 48 << 20
+START_BELOW = 0.10
+"""Bounds are built when at most this part of the rows changed cluster in the last pass."""
+STOP_ABOVE = 0.15
+"""A block with more than this part of (row, group) pairs to search is searched in full."""
+
+
+class GroupBounds:
+    """Bounds of this rank's rows over the passes of one run.
+
+    Call `begin` with the centroids of a pass, then `assign` for every block in order.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.changed = rows.num
+        self.lower: Tensor | None = None
+        self.losing = False
+        self.find: Assign | None = None
+
+    @staticmethod
+    def worth_trying(rows: Rows, num_clusters: int) -> bool:
+        """Whether bounds can win here: many clusters on a processor, true distances, and room for the bounds."""
+        fits = rows.num * (num_clusters // GROUP_SIZE) * rows.dtype.itemsize <= MAX_BYTES
+        metric = not rows.spherical or rows.unit
+        return rows.device.type == "cpu" and num_clusters >= MIN_CLUSTERS and fits and metric
+
+    def begin(self, centroids: Tensor, find: Assign) -> None:
+        """Takes the centroids (K, D) of the next pass and the full search over them."""
+        self.find = find
+        settled = self.changed <= START_BELOW * self.rows.num
+        self.changed = 0
+        if self.losing or not settled:
+            self.lower, self.losing = None, False
+        elif self.lower is None:
+            self._group(centroids)
+            self.lower = torch.full((self.rows.num, len(self.slices)), -1.0, dtype=self.rows.dtype)
+        else:
+            drift = torch.linalg.vector_norm(centroids - self.centroids, dim=1)[self.order]
+            # A whit more than the movement, since it was itself rounded.
+            self.lower -= torch.stack([drift[part].max() for part in self.slices]) * (1 + 1e-5)
+        self.centroids = centroids
+        if self.lower is not None:
+            self.grouped = centroids[self.order]
+            self.half = self.grouped.square().sum(1).mul_(0.5)
+            self.reach = float(centroids.norm(dim=1).max())
+
+    def assign(self, start: int, block: Tensor, part: Tensor) -> None:
+        """Nearest centroids of a block; `part` holds the labels of the pass before and is overwritten."""
+        before = part.clone()
+        if self.lower is None:
+            self._search(block, part)
+        else:
+            self._assign_bounded(block, part, self.lower[start : start + len(block)])
+        self.changed += int((before != part).sum())
+
+    def _search(self, block: Tensor, part: Tensor) -> None:
+        assert self.find is not None
+        self.find(block, part)
+
+    def _group(self, centroids: Tensor) -> None:
+        """Groups near centroids by a few iterations of k-means on them."""
+        number = max(2, len(centroids) // GROUP_SIZE)
+        middles = centroids[:: len(centroids) // number][:number].clone()
+        for _ in range(5):
+            group = torch.cdist(centroids, middles).argmin(1)
+            sums = torch.zeros_like(middles).index_add_(0, group, centroids)
+            counts = torch.bincount(group, minlength=number)
+            middles = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], middles)
+        self.order = torch.argsort(group, stable=True)
+        self.place = torch.empty_like(self.order)
+        self.place[self.order] = torch.arange(len(self.order))
+        ends = torch.cumsum(counts, 0).tolist()
+        self.slices = [slice(low, high) for low, high in zip([0, *ends], ends) if high > low]
+        lengths = torch.tensor([part.stop - part.start for part in self.slices])
+        self.group_at = torch.repeat_interleave(torch.arange(len(self.slices)), lengths)
+
+    def _assign_bounded(self, block: Tensor, part: Tensor, lower: Tensor) -> None:
+        squares = block.square().sum(1)
+        # Rounding of |x|² − 2x·c + |c|²: with unit roundoff u = eps/2 a product of D terms errs by at most D u |x||c|
+        # (Higham 2002, equation 3.5), and 2|x||c| <= (|x| + |c|)²/2; the other few operations by less than 4 u each.
+        slack = (squares.sqrt() + self.reach).square_() * (torch.finfo(block.dtype).eps * (2 + block.shape[1] / 4))
+        best = torch.linalg.vector_norm(block - self.centroids[part], dim=1).square_()
+        due = lower < (best + slack).sqrt_()[:, None]
+        if float(due.sum()) > STOP_ABOVE * due.numel():
+            first = bool((lower < 0).all())
+            self.losing = self.losing or not first
+            self._search_in_full(block, part, lower, squares, slack)
+            return
+        own = self.place[part]
+        for group, members in enumerate(self.slices):
+            index = torch.nonzero(due[:, group]).flatten()
+            if len(index):
+                self._search_group(group, members, index, block, squares, slack, best, own, lower)
+        part.copy_(self.order[own])
+
+    def _search_in_full(self, block: Tensor, part: Tensor, lower: Tensor, squares: Tensor, slack: Tensor) -> None:
+        """Assigns a block by all centroids and sets its bounds anew."""
+        for low in range(0, len(block), 512):
+            here = slice(low, low + 512)
+            scores = torch.mm(block[here], self.grouped.T).sub_(self.half)
+            own = torch.from_numpy(scores.numpy().argmax(1))
+            part[here] = self.order[own]
+            scores.scatter_(1, own[:, None], float("-inf"))
+            nearest = torch.stack([scores[:, members].amax(1) for members in self.slices], dim=1)
+            lower[here] = self._bound(nearest, squares[here, None], slack[here, None])
+
+    @staticmethod
+    def _bound(scores: Tensor, squares: Tensor, slack: Tensor) -> Tensor:
+        """Lower bounds of distances from the largest x·c − |c|²/2."""
+        return (squares - 2 * scores - slack).clamp_min_(0).sqrt_()
+
+    def _search_group(
+        self,
+        group: int,
+        members: slice,
+        index: Tensor,
+        block: Tensor,
+        squares: Tensor,
+        slack: Tensor,
+        best: Tensor,
+        own: Tensor,
+        lower: Tensor,
+    ) -> None:
+        """Compares the rows `index` with one group; updates their best distance, own centroid and bounds in place."""
+        scores = torch.mm(block[index], self.grouped[members].T).sub_(self.half[members])
+        inside = (own[index] >= members.start) & (own[index] < members.stop)
+        scores[inside, own[index[inside]] - members.start] = float("-inf")
+        winner = torch.from_numpy(scores.numpy().argmax(1))
+        value = scores.gather(1, winner[:, None])[:, 0]
+        distance = squares[index] - 2 * value
+        lower[index, group] = self._bound(value, squares[index], slack[index])
+        taken = torch.nonzero(distance < best[index]).flatten()
+        if not len(taken):
+            return
+        rows, old = index[taken], own[index[taken]]
+        # Within the group the next best takes the winner's place in the bound …
+        scores = scores[taken].scatter_(1, winner[taken, None], float("-inf"))
+        lower[rows, group] = self._bound(scores.amax(1), squares[rows], slack[rows])
+        # … and the centroid left behind is now one of the others of its own group.
+        left = (best[rows] - slack[rows]).clamp_min_(0).sqrt_()
+        lower[rows, self.group_at[old]] = torch.minimum(lower[rows, self.group_at[old]], left)
+        best[rows], own[rows] = distance[taken].clamp_min_(0), winner[taken] + members.start

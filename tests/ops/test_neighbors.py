@@ -1,0 +1,116 @@
+"""Exact neighbours against scikit-learn, whatever the chunking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import pairwise_distances
+
+from deepclust.ops import knn, neighbors
+
+
+def points(num: int, dim: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def scores(queries: torch.Tensor, bank: torch.Tensor, metric: str) -> np.ndarray:
+    """(Q, N) in float64, larger is nearer."""
+    q, b = queries.double().numpy(), bank.double().numpy()
+    if metric == "dot":
+        return q @ b.T
+    distances = pairwise_distances(q, b, metric=metric)
+    return 1 - distances if metric == "cosine" else -distances
+
+
+def check(queries: torch.Tensor, bank: torch.Tensor, k: int, metric: Any, exclude_self: bool, tol: float) -> None:
+    """Values are the k best, and every index has the value it is given: right for ties too."""
+    values, indices = knn(queries, bank, k=k, metric=metric, exclude_self=exclude_self)
+    truth = scores(queries, bank, metric)
+    if exclude_self:
+        np.fill_diagonal(truth, -np.inf)
+    found = -values.double().numpy() if metric == "euclidean" else values.double().numpy()
+    np.testing.assert_allclose(found, -np.sort(-truth, 1)[:, :k], atol=tol)
+    np.testing.assert_allclose(np.take_along_axis(truth, indices.numpy(), 1), found, atol=tol)
+    assert indices.dtype == torch.int64 and all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.fixture(params=["whole", "small chunks"])
+def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "small chunks":
+        monkeypatch.setattr(neighbors, "PIECE_ROWS", 301)
+        monkeypatch.setattr(neighbors, "SCORES_CPU", 5000)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_all_pairs_are_scikit_learns(metric: str, exclude_self: bool) -> None:
+    x = points(1100, 6) + 2
+    check(x, x, 5, metric, exclude_self, 2e-6 if metric != "dot" else 2e-5)
+    check(x.double(), x.double(), 5, metric, exclude_self, 1e-9)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_other_queries(metric: str) -> None:
+    check(points(57, 6, 1), points(700, 6), 11, metric, False, 1e-5)
+    check(points(3, 6, 1), points(4, 6), 4, metric, False, 1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 6), st.integers(1, 5), st.sampled_from(["cosine", "dot", "euclidean"]))
+def test_duplicates_and_ties(num: int, dim: int, values: int, metric: str) -> None:
+    x = torch.randint(1, values + 1, (num, dim), generator=torch.Generator().manual_seed(num)).float()
+    check(x, x, min(4, num - 1), metric, True, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    x = points(80, 9).to(dtype)
+    assert knn(x, x, k=3)[0].dtype == torch.float32
+    check(x, x, 3, "cosine", True, 1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(points(80, 9), points(80, 9), 3, "cosine", True, 1e-6)
+
+
+def test_far_from_the_origin_and_at_the_ends_of_float32() -> None:
+    check(points(200, 4) + 1000, points(200, 4) + 1000, 5, "euclidean", True, 1e-3)
+    x = points(50, 4)
+    for scale in (1e-30, 1e30):  # scikit-learn takes the first for zeros
+        torch.testing.assert_close(knn(x * scale, x * scale, k=5)[0], knn(x, x, k=5)[0])
+
+
+def test_rows_need_not_be_contiguous_and_a_zero_row_is_like_nothing() -> None:
+    x = points(6, 90).T
+    x[7] = 0.0
+    values, _ = knn(x, x, k=3)
+    assert values.isfinite().all() and (values[7] == 0).all()
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    x = points(10, 3)
+    for k in (0, 11):
+        with pytest.raises(ValueError, match="neighbours"):
+            knn(x, x, k=k)
+    with pytest.raises(ValueError, match=r"1 to 9 without self"):
+        knn(x, x, k=10, exclude_self=True)
+    with pytest.raises(ValueError, match="do not fit"):
+        knn(x, points(10, 4), k=1)
+    with pytest.raises(ValueError, match="do not fit"):
+        knn(x[:5], x, k=1, exclude_self=True)
+    with pytest.raises(ValueError, match="metric"):
+        knn(x, x, k=1, metric="manhattan")  # pyright: ignore[reportArgumentType]
+    bad = x.clone()
+    bad[4, 1] = float("inf")
+    with pytest.raises(ValueError, match=r"'queries': \[\], 'bank': \[4\]"):
+        knn(x, bad, k=1)
+
+
+def test_no_queries_is_no_error() -> None:
+    values, indices = knn(points(0, 3), points(5, 3), k=2)
+    assert values.shape == indices.shape == (0, 2)

@@ -1,0 +1,52 @@
+"""Spectral clusters against scikit-learn and where the answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.cluster import SpectralClustering
+from sklearn.datasets import load_digits, make_moons
+from sklearn.metrics import adjusted_rand_score
+
+from deepclust.ops.spectral import spectral_clusters, spectral_embedding
+from tests.ranks import run_ranks
+
+
+def test_two_moons_which_kmeans_cannot_part():
+    points, truth = make_moons(300, noise=0.05, random_state=0)
+    lifted = torch.tensor(np.c_[points, 3 * np.ones(len(points))], dtype=torch.float32)
+    found = spectral_clusters(lifted, 2, num_neighbors=8, extra_components=0)
+    assert adjusted_rand_score(truth, found) > 0.99
+
+
+def test_agrees_with_scikit_learn_on_digits():
+    pixels, truth = load_digits(return_X_y=True)
+    x = torch.tensor(pixels, dtype=torch.float32)
+    x = x / x.norm(dim=1, keepdim=True)
+    ours = spectral_clusters(x, 10, num_neighbors=10, extra_components=0)
+    theirs = SpectralClustering(10, affinity="nearest_neighbors", n_neighbors=10, random_state=0).fit_predict(x.numpy())
+    assert adjusted_rand_score(truth, ours) > adjusted_rand_score(truth, theirs) - 0.05
+
+
+def test_the_embedding_is_made_of_eigenvectors():
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(60, 5), dim=1)
+    found = spectral_embedding(x, 4, num_neighbors=6)
+    assert found.shape == (60, 4)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(60))
+    again = spectral_embedding(x, 4, num_neighbors=6)
+    assert torch.equal(found, again)
+
+
+def _part(rank: int, size: int, x: torch.Tensor) -> torch.Tensor:
+    import torch.distributed as dist
+
+    rows = slice(0, 25) if rank == 0 else slice(25, 60)
+    return spectral_clusters(x[rows], 3, num_neighbors=6, group=dist.group.WORLD)
+
+
+def test_two_ranks_find_what_one_finds():
+    torch.manual_seed(0)
+    x = torch.randn(60, 5)
+    together = torch.cat(run_ranks(_part, 2, x))
+    assert torch.equal(together, spectral_clusters(x, 3, num_neighbors=6))
