@@ -19,6 +19,7 @@ from deepclust.signatures import near, show
 
 PACKAGE = Path(__file__).resolve().parent
 INNER = re.compile(r"(head|stages\.[^.]+\.head)(\.inner)+")
+ASIDE = "chosen_"
 GRAMMAR = "write key=value; lists as key=[1,2]; quote text with spaces or =,: signs, as in 'key=\"a b\"'"
 
 
@@ -86,12 +87,10 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> tuple
     words = _sort(overrides, config_dirs, problems)
     with _hydra(config_dirs) as run:
         try:
-            config, choices = _choose(words.groups, run)
-            recipe = config
-            if "experiment" in choices or any("@stages." in key for key in words.groups):
-                # What these say of a stage that the recipe by itself does not have is a slip.
+            config, choices, stages = _choose(words.groups, run)
+            if "experiment" in choices:  # what it says of a stage that its recipe does not have is a slip
                 recipe, _ = run(["~experiment", f"recipe={choices['recipe']}" if "recipe" in choices else "~recipe"])
-            stages = list(recipe.get("stages") or {})
+                stages = list(recipe.get("stages") or {})
         except Exception as error:
             raise ConfigError([*problems, _plain(error, config_dirs)]) from None
     for key, value in words.values:
@@ -194,15 +193,27 @@ def _hydra(config_dirs: Sequence[Path]) -> Iterator[Any]:
         yield run
 
 
-def _choose(chosen: dict[str, str], run: Any) -> tuple[Any, dict[str, str]]:
-    """Composes with the choices; a choice for a place that no defaults list names (`group@place`) is added to it."""
+def _choose(chosen: dict[str, str], run: Any) -> tuple[Any, dict[str, str], list[str]]:
+    """The configuration, the choices, and the names of the stages that the files have.
+
+    An option chosen for a place (`head@stages.scan.head=simclr`) is composed beside the tree and then put there: it
+    comes as its own file says, since what a recipe tunes is meant for the option that the recipe names.
+    """
+    from omegaconf import OmegaConf, open_dict
+
+    places = {key: value for key, value in chosen.items() if "@" in key}
     words = [f"~{key}" if value == "null" else f"{key}={value}" for key, value in chosen.items() if "@" not in key]
+    for number, (key, value) in enumerate(places.items()):
+        if value != "null":
+            words.append(f"+{key.partition('@')[0]}@{ASIDE}{number}={value}")
     config, choices = run(words)
-    for key, value in chosen.items():
-        if "@" in key:
-            words.append(f"{'' if key in choices else '+'}{key}={value}")
-            config, choices = run(words)
-    return config, choices
+    stages = list(config.get("stages") or {})
+    choices = {key: value for key, value in choices.items() if f"@{ASIDE}" not in key}
+    with open_dict(config):
+        aside = [config.pop(f"{ASIDE}{number}", None) for number in range(len(places))]
+    for key, node in zip(places, aside):
+        OmegaConf.update(config, key.partition("@")[2], node, merge=False, force_add=True)
+    return config, choices | places, stages
 
 
 def _put(config: Any, key: str, value: Any, problems: list[str]) -> None:

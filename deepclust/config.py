@@ -86,7 +86,7 @@ class RunConfig:
         """
         if self.run.name is not None:
             return self.run.name
-        heads = [self.choices[key] for key in self.choices if key.partition("@")[0] == "head" and key in self.picked]
+        heads = [self.choices[key] for key in self.picked if key.partition("@")[0] == "head" and key in self.choices]
         clusters = [] if self.num_clusters is None else [f"k{self.num_clusters}"]
         parts = [
             self.choices.get("experiment"),

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deepclust import checkpoint
-from deepclust.config import load
+from deepclust.config import RunConfig, load
 from deepclust.data.datasets import digits, from_arrays
 from deepclust.data.image_set import ImageData
 from deepclust.recipe import train
 from deepclust.signals import StopRequest
 
+STAGES = ("pretext", "scan", "selflabel")
 SMALL = (
     "trainer.batch_size=20",
     "trainer.num_threads=1",
     "trainer.num_workers=0",
     "trainer.log_every_steps=1",
     "backbone.width=8",
-    "stages.pretext.trainer.epochs=2",
+    *(f"stages.{stage}.trainer.{word}" for stage in STAGES for word in ("epochs=2", "num_images=null")),
     "stages.pretext.optim.warmup_steps=2",
-    "stages.scan.trainer.epochs=2",
     "stages.scan.head.num_neighbors=5",
-    "stages.selflabel.trainer.epochs=2",
+    "stages.scan.head.num_heads=2",
+    "stages.scan.head.init=kmeans",
     "checkpoint.every_steps=2",
     "eval.baselines=none",
     "eval.probes=false",
@@ -53,7 +56,16 @@ def words(folder: Path, *more: str) -> list[str]:
 
 def small_run(folder: Path, *more: str, data: ImageData | None = None) -> int:
     """Runs it in this process; the exit code."""
-    return train(load(words(folder, *more)), data or small_data())
+    config = _composed(*words(Path("any"), *more))
+    run = {**config.tree["run"], "dir": str(folder)}
+    config = replace(config, run=replace(config.run, dir=str(folder)), tree={**config.tree, "run": run})
+    return train(config, data or small_data())
+
+
+@cache
+def _composed(*overrides: str) -> RunConfig:
+    """Composing costs as much as a small run."""
+    return load(overrides)
 
 
 def status(folder: Path) -> dict[str, Any]:

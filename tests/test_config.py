@@ -91,7 +91,13 @@ def test_a_stage_falls_back_to_the_top_level_groups_and_may_choose_its_own():
     assert chosen.stages["scan"].optim.name == "sgd" and chosen.stages["scan"].optim.momentum == 0.9
     assert chosen.stages["pretext"].optim.momentum == 0.5
     assert chosen.stages["selflabel"].optim.lr == 3e-3
-    assert load(["head@stages.pretext.head=scan"]).name() == "scan-scan-digits-0"
+
+
+def test_a_head_chosen_for_a_stage_comes_without_what_the_recipe_tunes():
+    chosen = load(["head@stages.scan.head=simclr", "head@stages.pretext.head=scan", "stages.pretext.head.num_heads=3"])
+    assert chosen.name() == "scan-simclr-scan-digits-0" and list(chosen.stages) == ["pretext", "scan", "selflabel"]
+    assert chosen.stages["scan"].head == _yaml(conf_folder() / "head/simclr.yaml")
+    assert chosen.stages["pretext"].head == {**_yaml(conf_folder() / "head/scan.yaml"), "num_heads": 3}
 
 
 def test_numbers_may_be_written_with_exponents(tmp_path):

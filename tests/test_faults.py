@@ -11,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from deepclust import checkpoint
+from deepclust.config import load
 from deepclust.errors import UserError
+from deepclust.recipe import train
 from deepclust.run_folder import RunFolder
 from deepclust.signals import StopRequested
-from tests.runs import outcome, pixels, small_run, status, stop_at, words
+from tests.runs import SMALL, outcome, pixels, small_data, small_run, status, stop_at, words
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parent.parent
@@ -133,17 +136,12 @@ def test_a_signal_inside_a_long_section_ends_it_at_once(whole, tmp_path, monkeyp
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("head", ["simclr", "scan", "selflabel"])
 def test_every_head_goes_on_bit_for_bit_with_and_without_workers(tmp_path, monkeypatch, head, workers):
-    extra = [f"head={head}", "trainer.epochs=2", "trainer.views=workers", "trainer.ema=0.9", "trainer.log_every_steps=2"]
-    extra += ["head.num_neighbors=5"] if head == "scan" else []
-    extra += [f"trainer.num_workers={workers}"]
-    common = [word for word in words(tmp_path, *extra) if not word.startswith(("stages.", "trainer.num_workers=0", "run.dir"))]
+    words_ = [f"head={head}", "trainer.epochs=2", "trainer.views=workers", "trainer.ema=0.9", f"trainer.num_workers={workers}"]
+    words_ += [word for word in SMALL if not word.startswith(("stages.", "trainer.num_workers"))]
+    config = load([*words_, "num_clusters=4", "trainer.log_every_steps=2", *(["head.num_neighbors=5"] if head == "scan" else [])])
 
     def run(name):
-        from deepclust.config import load
-        from deepclust.recipe import train
-        from tests.runs import small_data
-
-        return train(load([*common, f"run.dir={tmp_path / name}"]), small_data())
+        return train(replace(config, run=replace(config.run, dir=str(tmp_path / name))), small_data())
 
     assert run("whole") == 0
     with monkeypatch.context() as patch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from deepclust.ops.precision import exact, plain
 
 Metric = Literal["cosine", "dot", "euclidean"]
+Found = Iterator[tuple[slice, Tensor, Tensor]]
+Search = Callable[[Tensor, Tensor, Metric, int, "int | None"], Found]
 
 PIECE_ROWS = 65_536  # rows of the bank that are looked at (and broadcast) at a time
 SCORES_CPU = 4_194_304  # scores in memory at a time: 16 MB of float32 stay in a CPU's last-level cache
@@ -21,19 +25,28 @@ BLOCK = 16  # columns per block maximum
 
 @exact
 def knn(
-    queries: Tensor, bank: Tensor, *, k: int, metric: Metric = "cosine", exclude_self: bool = False, group: Any = None
+    queries: Tensor,
+    bank: Tensor,
+    *,
+    k: int,
+    metric: Metric = "cosine",
+    exclude_self: bool = False,
+    group: Any = None,
+    backend: Literal["own", "faiss"] = "own",
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of the bank for every query, exact up to rounding; ties fall either way.
 
     queries: (Q, D), bank: (N, D), any floating dtype (float16 and bfloat16 are computed in float32). With a process
     `group` both are this rank's rows; empty shards are fine. exclude_self: row i of `queries` is row i of `bank`, and
-    is no neighbour of itself. Extra memory does not grow with Q x N.
+    is no neighbour of itself. Extra memory does not grow with Q x N. backend "faiss" lets that library search (on CPUs).
 
     Returns values (Q, k), similarities in descending order for cosine and dot, distances in ascending order for
     euclidean, and indices (Q, k) int64 into the bank of all ranks laid end to end.
 
-    Raises ValueError if shapes do not fit, k is not in 1..N (1..N-1 without self), or a row is not finite.
+    Raises ValueError if shapes do not fit, k is not in 1..N (1..N-1 without self), a row is not finite, or faiss is
+    asked for and not installed.
     """
+    search = _searches(backend)
     queries, bank = _prepare(queries, metric), _prepare(bank, metric)
     sizes = _check(queries, bank, k, metric, exclude_self, group)
     if metric == "euclidean":
@@ -45,7 +58,9 @@ def knn(
     indices = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
     for start, piece in _pieces(bank, sizes, group):
         self_column = offset - start if exclude_self else None
-        _search(queries, piece, metric, self_column, start, values, indices)
+        for rows, best, column in search(queries, piece, metric, min(k, len(piece)), self_column):
+            values[rows], order = torch.cat([values[rows], best], 1).topk(k, dim=1)
+            indices[rows] = torch.cat([indices[rows], column + start], 1).gather(1, order)
     return (-values if metric == "euclidean" else values), indices
 
 
@@ -99,7 +114,7 @@ def _mean(bank: Tensor, total: int, group: Any) -> Tensor:
     return mean.to(bank.dtype)
 
 
-def _pieces(bank: Tensor, sizes: list[int], group: Any):
+def _pieces(bank: Tensor, sizes: list[int], group: Any) -> Iterator[tuple[int, Tensor]]:
     """(global first row, rows) of the whole bank, each rank's rows broadcast in turn."""
     start = 0
     for rank, size in enumerate(sizes):
@@ -113,26 +128,57 @@ def _pieces(bank: Tensor, sizes: list[int], group: Any):
         start += size
 
 
-def _search(
-    queries: Tensor, piece: Tensor, metric: Metric, self_column: int | None, start: int, values: Tensor, indices: Tensor
-) -> None:
-    """Merges the best of one piece into values and indices (Q, k), in place. Larger is better, inside."""
+def _searches(backend: str) -> Search:
+    if backend == "own":
+        return _search
+    if backend != "faiss":
+        raise ValueError(f"backend {backend!r} is unknown; valid are 'own' and 'faiss'")
+    if importlib.util.find_spec("faiss") is None:
+        raise ValueError("backend 'faiss' is not installed: `pip install faiss-cpu`, or use the default backend")
+    return _search_faiss
+
+
+def _search(queries: Tensor, piece: Tensor, metric: Metric, k: int, self_column: int | None) -> Found:
+    """The k best of one piece, chunk by chunk of the queries: (rows, values, columns of the piece). Larger is better."""
     budget = SCORES_CPU if queries.device.type == "cpu" else SCORES_GPU
     step = max(16, budget // len(piece))
     bias = -0.5 * piece.square().sum(1) if metric == "euclidean" else None
     for first in range(0, len(queries), step):
         chunk = queries[first : first + step]
-        scores = F.linear(chunk, piece, bias)
+        scores = _product(chunk, piece, bias)
         if self_column is not None:
             _mask_self(scores, first + self_column)
-        best, column = _top(scores, min(values.shape[1], len(piece)))
+        best, column = _top(scores, k)
         if metric == "euclidean":
             distance = -torch.linalg.vector_norm(chunk[:, None] - piece[column], dim=2)
             best = torch.where(best == -torch.inf, best, distance)
-        rows = slice(first, first + len(chunk))
-        both = torch.cat([values[rows], best], 1)
-        values[rows], order = both.topk(values.shape[1], dim=1)
-        indices[rows] = torch.cat([indices[rows], column + start], 1).gather(1, order)
+        yield slice(first, first + len(chunk)), best, column
+
+
+def _product(chunk: Tensor, piece: Tensor, bias: Tensor | None) -> Tensor:
+    """chunk @ piece.T + bias. oneDNN's float32 product is the fastest one on CPUs of every make; the operator is private."""
+    if chunk.device.type == "cpu" and chunk.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(chunk, piece, bias, "none", [], "")
+    return F.linear(chunk, piece, bias)
+
+
+def _search_faiss(queries: Tensor, piece: Tensor, metric: Metric, k: int, self_column: int | None) -> Found:
+    """As `_search`, by faiss's exact search in float32. One more is asked for where self may be among them."""
+    import faiss
+
+    if not len(queries):
+        return
+    kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
+    wanted = min(k + (self_column is not None), len(piece))
+    found, columns = faiss.knn(queries.float().cpu().numpy(), piece.float().cpu().numpy(), wanted, metric=kind)
+    best = torch.from_numpy(found).to(queries)
+    best = -best.clamp_min(0).sqrt() if metric == "euclidean" else best
+    column = torch.from_numpy(columns).to(queries.device)
+    if self_column is not None:
+        own = torch.arange(len(queries), device=queries.device)[:, None] + self_column
+        best = best.masked_fill(column == own, -torch.inf)
+    best, order = best.topk(k, dim=1)
+    yield slice(0, len(queries)), best, column.gather(1, order)
 
 
 def _mask_self(scores: Tensor, shift: int) -> None:

@@ -79,6 +79,23 @@ def test_random_affine_zooms_and_turns_as_torchvision(floats: Tensor):
     torch.testing.assert_close(through(view_geometry.RandomAffine(), params, floats), theirs, atol=1e-3, rtol=0)
 
 
+def test_random_affine_shears_and_shifts_as_torchvision(floats: Tensor):
+    params = {"degrees": 0.0, "shear": 0.2, "x": 0.0, "y": 0.0, "scale": 1.0, "aspect": 0.0}
+    theirs = TF.affine(floats, 0.0, [0, 0], 1.0, [math.degrees(math.atan(0.2)), 0.0], BILINEAR)
+    torch.testing.assert_close(through(view_geometry.RandomAffine(), params, floats), theirs, atol=1e-3, rtol=0)
+    params |= {"shear": 0.0, "x": -3.0, "y": 2.0}
+    theirs = TF.affine(floats, 0.0, [3, -2], 1.0, [0.0, 0.0], BILINEAR)
+    torch.testing.assert_close(through(view_geometry.RandomAffine(), params, floats), theirs, atol=1e-3, rtol=0)
+
+
+def test_aspect_makes_wider_and_lower():
+    block = torch.zeros(1, 1, 32, 32)
+    block[:, :, 12:20, 12:20] = 1
+    params = {"degrees": 0.0, "shear": 0.0, "x": 0.0, "y": 0.0, "scale": 1.0, "aspect": math.log(2)}
+    seen = through(view_geometry.RandomAffine(), params, block)[0, 0] > 0.5
+    assert int(seen.any(dim=0).sum()) == 16 and int(seen.any(dim=1).sum()) == 4
+
+
 def test_crops_are_torchvisions(floats: Tensor):
     box = {"top": 3.0, "left": 5.0, "height": 16.0, "width": 20.0}
     ours = through(view_geometry.RandomResizedCrop(), box, floats, (16, 20))
@@ -236,8 +253,8 @@ def same_distribution(ours: np.ndarray, theirs: np.ndarray) -> bool:
 def test_random_resized_crops_fall_as_torchvisions(size: tuple[int, int], scale: tuple[float, float]):
     torch.manual_seed(0)
     image = torch.zeros(3, *size)
-    theirs = np.array([T.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(2000)], float)
-    ours = draws(view_geometry.RandomResizedCrop(scale), 2000, size)
+    theirs = np.array([T.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(1200)], float)
+    ours = draws(view_geometry.RandomResizedCrop(scale), 1200, size)
     assert (ours["top"] >= 0).all() and (ours["top"] + ours["height"] <= size[0]).all()
     assert (ours["left"] >= 0).all() and (ours["left"] + ours["width"] <= size[1]).all()
     for column, name in enumerate(("top", "left", "height", "width")):
@@ -249,16 +266,16 @@ def test_random_resized_crops_fall_as_torchvisions(size: tuple[int, int], scale:
 def test_random_erasing_falls_as_torchvisions():
     torch.manual_seed(0)
     image = torch.zeros(3, 32, 32)
-    theirs = [T.RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(2000)]
-    ours = draws(view_pixels.RandomErasing(), 2000, (32, 32))
+    theirs = [T.RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(1200)]
+    ours = draws(view_pixels.RandomErasing(), 1200, (32, 32))
     for column, name in enumerate(("top", "left", "height", "width")):
         assert same_distribution(ours[name], np.array(theirs, float)[:, column]), name
 
 
 def test_jitter_factors_fall_as_torchvisions():
     torch.manual_seed(0)
-    theirs = [T.ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1])[1:] for _ in range(2000)]
-    ours = draws(view_color.ColorJitter(), 2000, (8, 8))
+    theirs = [T.ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1])[1:] for _ in range(1200)]
+    ours = draws(view_color.ColorJitter(), 1200, (8, 8))
     for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         assert same_distribution(ours[name], np.array(theirs, float)[:, column]), name
     assert draws(view_color.ColorJitter(brightness=1.5), 500, (8, 8))["brightness"].min() >= 0

@@ -134,6 +134,43 @@ def test_values_stay_in_range(name: str):
     assert views.min() >= -1e-6 and views.max() <= 1 + 1e-6
 
 
+CHAINS = {
+    "crop, mirror": [{"random_resized_crop": {"scale": [0.3, 0.6]}}, {"horizontal_flip": {"p": 1.0}}],
+    "mirror, crop": [{"horizontal_flip": {"p": 1.0}}, {"random_resized_crop": {"scale": [0.3, 0.6]}}],
+    "turn, shift, shear": [{"rotate": {}}, {"translate_x": {"limit": 0.2}}, {"shear_y": {"limit": 0.2}}],
+    "shift, crop, posterise": [{"translate_y": {}}, {"random_resized_crop": {}}, {"posterize": {}}],
+    "some of them": [{"horizontal_flip": {}}, {"contrast": {"p": 0.3}}, {"gamma": {"p": 0.6}}, {"cutout": {"p": 0.5}}],
+}
+
+
+@pytest.mark.parametrize("description", CHAINS.values(), ids=CHAINS.keys())
+def test_engines_agree_on_chains(description: list[dict[str, Any]]):
+    images, view = smooth_images(16, 3), raw_view(description)
+    samples = torch.stack([view.sample(image, int(key)) for image, key in zip(images, keys(16))])
+    # nearer the border, one interpolation may show what the first of several would have moved out of the image
+    assert (view.batch(images, keys(16)) - samples)[:, :, 10:-10, 10:-10].abs().mean() < 0.012
+
+
+def test_colour_operations_of_a_group_follow_each_other():
+    images = smooth_images(6, 3)
+    fixed = [{"brightness": {"factor": [0.6, 0.6]}}, {"contrast": {"factor": [0.5, 0.5]}}]
+    theirs = TF.adjust_contrast(TF.adjust_brightness(images / 255, 0.6), 0.5)
+    torch.testing.assert_close(raw_view(fixed).batch(images, keys(6)), theirs, atol=2e-4, rtol=0)
+    turned_grey = [{"grayscale": {"p": 1.0}}, {"color_jitter": {"brightness": 0, "contrast": 0, "hue": 0.5, "p": 1.0}}]
+    theirs = TF.rgb_to_grayscale(images / 255, num_output_channels=3)
+    torch.testing.assert_close(raw_view(turned_grey).batch(images, keys(6)), theirs, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["horizontal_flip", "contrast", "gamma"])
+@pytest.mark.parametrize("p", [0.1, 0.9])
+def test_images_that_an_operation_passes_by_keep_their_values(name: str, p: float):
+    images = smooth_images(40, 3)
+    views = raw_view([{name: {"p": p}}]).batch(images, keys(40))
+    passed = ((views - images / 255).abs().flatten(1).amax(dim=1) < 1e-4).nonzero()[:, 0]
+    assert 0 < len(passed) < 40
+    assert torch.equal(views[passed], images[passed].float().mul(1 / 255))
+
+
 # --- errors in words
 
 

@@ -114,3 +114,21 @@ def test_what_cannot_be_done_is_said() -> None:
 def test_no_queries_is_no_error() -> None:
     values, indices = knn(points(0, 3), points(5, 3), k=2)
     assert values.shape == indices.shape == (0, 2)
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_faiss_finds_the_same(metric: Any, exclude_self: bool) -> None:
+    pytest.importorskip("faiss")
+    x = points(700, 6)
+    by_faiss = knn(x, x, k=5, metric=metric, exclude_self=exclude_self, backend="faiss")
+    own = knn(x, x, k=5, metric=metric, exclude_self=exclude_self)
+    torch.testing.assert_close(by_faiss[0], own[0], atol=2e-3 if metric == "euclidean" else 1e-5, rtol=1e-5)
+    assert (by_faiss[1] == own[1]).double().mean() > 0.99
+
+
+def test_faiss_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+        knn(points(5, 3), points(5, 3), k=1, backend="faiss")

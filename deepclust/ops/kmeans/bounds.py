@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.kmeans.assign import Assign
-from deepclust.ops.kmeans.rows import Rows
+from deepclust.ops.kmeans.rows import SLICE, Rows
 
 MIN_CLUSTERS = 500
 """Below this a full product is faster than any bookkeeping."""
 GROUP_SIZE = 40
 MAX_BYTES = 48 << 20
-START_BELOW = 0.10
+START_BELOW = 0.01
 """Bounds are built when at most this part of the rows changed cluster in the last pass."""
-STOP_ABOVE = 0.15
+STOP_ABOVE = 0.10
 """A block with more than this part of (row, group) pairs to search is searched in full."""
 
 
@@ -34,6 +34,7 @@ class GroupBounds:
         self.changed = rows.num
         self.lower: Tensor | None = None
         self.losing = False
+        self.start_below = START_BELOW
         self.find: Assign | None = None
 
     @staticmethod
@@ -46,21 +47,25 @@ class GroupBounds:
     def begin(self, centroids: Tensor, find: Assign) -> None:
         """Takes the centroids (K, D) of the next pass and the full search over them."""
         self.find = find
-        settled = self.changed <= START_BELOW * self.rows.num
+        settled = self.changed <= self.start_below * self.rows.num
         self.changed = 0
-        if self.losing or not settled:
-            self.lower, self.losing = None, False
+        if self.losing:
+            # Built too early: the bounds cost more than they saved. The next attempt waits for calmer passes.
+            self.lower, self.losing, self.start_below = None, False, self.start_below / 4
+        elif not settled:
+            self.lower = None
         elif self.lower is None:
             self._group(centroids)
-            self.lower = torch.full((self.rows.num, len(self.slices)), -1.0, dtype=self.rows.dtype)
+            self.lower = torch.full((self.num_groups, self.rows.num), -1.0, dtype=self.rows.dtype)
         else:
-            drift = torch.linalg.vector_norm(centroids - self.centroids, dim=1)[self.order]
+            drift = torch.linalg.vector_norm(self._arranged(centroids - self.centroids), dim=1)
             # A whit more than the movement, since it was itself rounded.
-            self.lower -= torch.stack([drift[part].max() for part in self.slices]) * (1 + 1e-5)
+            self.lower -= drift.view(self.num_groups, -1).amax(1)[:, None] * (1 + 1e-5)
         self.centroids = centroids
         if self.lower is not None:
-            self.grouped = centroids[self.order]
+            self.grouped = self._arranged(centroids)
             self.half = self.grouped.square().sum(1).mul_(0.5)
+            self.half[len(centroids) :] = float("inf")
             self.reach = float(centroids.norm(dim=1).max())
 
     def assign(self, start: int, block: Tensor, part: Tensor) -> None:
@@ -69,7 +74,7 @@ class GroupBounds:
         if self.lower is None:
             self._search(block, part)
         else:
-            self._assign_bounded(block, part, self.lower[start : start + len(block)])
+            self._assign_bounded(block, part, self.lower[:, start : start + len(block)])
         self.changed += int((before != part).sum())
 
     def _search(self, block: Tensor, part: Tensor) -> None:
@@ -85,32 +90,44 @@ class GroupBounds:
             sums = torch.zeros_like(middles).index_add_(0, group, centroids)
             counts = torch.bincount(group, minlength=number)
             middles = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], middles)
+        # Cut at equal sizes, wherever the groups end, so that all groups make one even array.
         self.order = torch.argsort(group, stable=True)
         self.place = torch.empty_like(self.order)
         self.place[self.order] = torch.arange(len(self.order))
-        ends = torch.cumsum(counts, 0).tolist()
-        self.slices = [slice(low, high) for low, high in zip([0, *ends], ends) if high > low]
-        lengths = torch.tensor([part.stop - part.start for part in self.slices])
-        self.group_at = torch.repeat_interleave(torch.arange(len(self.slices)), lengths)
+        self.num_groups = -(-len(centroids) // GROUP_SIZE)
+
+    def _arranged(self, values: Tensor) -> Tensor:
+        """(K, D) in the order of the groups, with rows of zeros up to a multiple of the group size."""
+        padding = self.num_groups * GROUP_SIZE - len(values)
+        return torch.nn.functional.pad(values[self.order], (0, 0, 0, padding))
 
     def _assign_bounded(self, block: Tensor, part: Tensor, lower: Tensor) -> None:
-        squares = block.square().sum(1)
+        squares, best = self._lengths(block, part)
         # Rounding of |x|² − 2x·c + |c|²: with unit roundoff u = eps/2 a product of D terms errs by at most D u |x||c|
         # (Higham 2002, equation 3.5), and 2|x||c| <= (|x| + |c|)²/2; the other few operations by less than 4 u each.
         slack = (squares.sqrt() + self.reach).square_() * (torch.finfo(block.dtype).eps * (2 + block.shape[1] / 4))
-        best = torch.linalg.vector_norm(block - self.centroids[part], dim=1).square_()
-        due = lower < (best + slack).sqrt_()[:, None]
+        due = lower < (best + slack).sqrt_()
         if float(due.sum()) > STOP_ABOVE * due.numel():
             first = bool((lower < 0).all())
             self.losing = self.losing or not first
             self._search_in_full(block, part, lower, squares, slack)
             return
         own = self.place[part]
-        for group, members in enumerate(self.slices):
-            index = torch.nonzero(due[:, group]).flatten()
+        for group in range(self.num_groups):
+            index = torch.nonzero(due[group]).flatten()
             if len(index):
-                self._search_group(group, members, index, block, squares, slack, best, own, lower)
+                self._search_group(group, index, block, squares, slack, best, own, lower)
         part.copy_(self.order[own])
+
+    def _lengths(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared lengths of the rows (B,) and of their differences to their own centroids (B,)."""
+        squares, best = block.new_empty(len(block)), block.new_empty(len(block))
+        for low in range(0, len(block), SLICE):
+            here = slice(low, low + SLICE)
+            torch.linalg.vector_norm(block[here], dim=1, out=squares[here])
+            differences = self.centroids.index_select(0, part[here]).sub_(block[here])
+            torch.linalg.vector_norm(differences, dim=1, out=best[here])
+        return squares.square_(), best.square_()
 
     def _search_in_full(self, block: Tensor, part: Tensor, lower: Tensor, squares: Tensor, slack: Tensor) -> None:
         """Assigns a block by all centroids and sets its bounds anew."""
@@ -120,8 +137,8 @@ class GroupBounds:
             own = torch.from_numpy(scores.numpy().argmax(1))
             part[here] = self.order[own]
             scores.scatter_(1, own[:, None], float("-inf"))
-            nearest = torch.stack([scores[:, members].amax(1) for members in self.slices], dim=1)
-            lower[here] = self._bound(nearest, squares[here, None], slack[here, None])
+            nearest = scores.view(len(scores), self.num_groups, GROUP_SIZE).amax(2).T
+            lower[:, here] = self._bound(nearest, squares[here], slack[here])
 
     @staticmethod
     def _bound(scores: Tensor, squares: Tensor, slack: Tensor) -> Tensor:
@@ -131,7 +148,6 @@ class GroupBounds:
     def _search_group(
         self,
         group: int,
-        members: slice,
         index: Tensor,
         block: Tensor,
         squares: Tensor,
@@ -141,21 +157,23 @@ class GroupBounds:
         lower: Tensor,
     ) -> None:
         """Compares the rows `index` with one group; updates their best distance, own centroid and bounds in place."""
+        members = slice(group * GROUP_SIZE, (group + 1) * GROUP_SIZE)
         scores = torch.mm(block[index], self.grouped[members].T).sub_(self.half[members])
         inside = (own[index] >= members.start) & (own[index] < members.stop)
         scores[inside, own[index[inside]] - members.start] = float("-inf")
         winner = torch.from_numpy(scores.numpy().argmax(1))
         value = scores.gather(1, winner[:, None])[:, 0]
         distance = squares[index] - 2 * value
-        lower[index, group] = self._bound(value, squares[index], slack[index])
+        lower[group, index] = self._bound(value, squares[index], slack[index])
         taken = torch.nonzero(distance < best[index]).flatten()
         if not len(taken):
             return
         rows, old = index[taken], own[index[taken]]
         # Within the group the next best takes the winner's place in the bound …
         scores = scores[taken].scatter_(1, winner[taken, None], float("-inf"))
-        lower[rows, group] = self._bound(scores.amax(1), squares[rows], slack[rows])
+        lower[group, rows] = self._bound(scores.amax(1), squares[rows], slack[rows])
         # … and the centroid left behind is now one of the others of its own group.
         left = (best[rows] - slack[rows]).clamp_min_(0).sqrt_()
-        lower[rows, self.group_at[old]] = torch.minimum(lower[rows, self.group_at[old]], left)
+        home = old // GROUP_SIZE
+        lower[home, rows] = torch.minimum(lower[home, rows], left)
         best[rows], own[rows] = distance[taken].clamp_min_(0), winner[taken] + members.start
