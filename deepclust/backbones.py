@@ -57,7 +57,9 @@ class Residual(nn.Module):
         return torch.relu(self.main(x) + self.shortcut(x))
 
 
-def small_convnet(in_channels: Count, image_size: Count, *, width: Count = 32, freeze: list[str] | None = None) -> Backbone:
+def small_convnet(
+    in_channels: Count, image_size: Count, *, width: Count = 32, freeze: list[str] | None = None
+) -> Backbone:
     """A net for images of 8 to 64 px on a CPU: strided convolutions and a residual block, pooled to a few positions.
 
     Images of 16 px and more begin with a 5x5 convolution of stride 2, those over 40 px have one more stride. The last
@@ -76,7 +78,11 @@ def small_convnet(in_channels: Count, image_size: Count, *, width: Count = 32, f
 
 
 def cifar_resnet(
-    in_channels: Count, *, depth: Literal[18, 34] = 18, stem: Literal["cifar", "stl"] = "cifar", freeze: list[str] | None = None
+    in_channels: Count,
+    *,
+    depth: Literal[18, 34] = 18,
+    stem: Literal["cifar", "stl"] = "cifar",
+    freeze: list[str] | None = None,
 ) -> Backbone:
     """ResNet-18 or -34 with the stem for small images: 3x3 stride 1, no max-pool (`stl`: 2x2 max-pool, padding 1)."""
     import torchvision
@@ -112,7 +118,11 @@ def timm_backbone(
     overlay = {"file": weights} if weights else None
     try:
         net = timm.create_model(
-            name, pretrained=pretrained or weights is not None, in_chans=in_channels, num_classes=0, pretrained_cfg_overlay=overlay
+            name,
+            pretrained=pretrained or weights is not None,
+            in_chans=in_channels,
+            num_classes=0,
+            pretrained_cfg_overlay=overlay,
         )
     except Exception as error:
         source = f"backbone.weights={weights}" if weights else f"the weights of backbone.name={name}"

@@ -80,7 +80,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"trainer.device={name} is not available here ({str(error).splitlines()[0]}); use auto or cpu") from None
+        raise UserError(
+            f"trainer.device={name} is not available here ({str(error).splitlines()[0]}); use auto or cpu"
+        ) from None
     return device
 
 

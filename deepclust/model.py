@@ -46,7 +46,9 @@ class Network(nn.Module):
         with autocast or nullcontext(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
             return self.backbone(images).float()
 
-    def outputs(self, views: Mapping[int, Tensor], autocast: AbstractContextManager[Any] | None = None) -> dict[int, Output]:
+    def outputs(
+        self, views: Mapping[int, Tensor], autocast: AbstractContextManager[Any] | None = None
+    ) -> dict[int, Output]:
         """The head's output of each view. Views of one resolution go through the backbone in one call."""
         outputs: dict[int, Output] = {}
         for shape in dict.fromkeys(view.shape[1:] for view in views.values()):
@@ -99,7 +101,9 @@ class Clusterer:
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
         size = self.spec["view_size"]
-        self.view = ViewTransform(self.spec["clean"], size if isinstance(size, int) else tuple(size), spec["mean"], spec["std"])
+        self.view = ViewTransform(
+            self.spec["clean"], size if isinstance(size, int) else tuple(size), spec["mean"], spec["std"]
+        )
 
     @property
     def num_clusters(self) -> int:
@@ -139,13 +143,15 @@ class Clusterer:
         if isinstance(images, ImageSet):
             for start in range(0, len(images), batch_size):
                 yield torch.stack([images.read(row) for row in range(start, min(start + batch_size, len(images)))])
-        elif isinstance(images, str | Path) or (isinstance(images, Sequence) and isinstance(images[0], str | Path)):
+        elif isinstance(images, str | Path) or (
+            isinstance(images, Sequence) and isinstance(next(iter(images), None), str | Path)
+        ):
             paths = image_paths(images)
             for start in range(0, len(paths), batch_size):
                 yield torch.stack([self.read(path) for path in paths[start : start + batch_size]])
         else:
-            for part in with_channels(as_images(images), self.spec["channels"]).split(batch_size):
-                yield part
+            pixels = as_images(np.asarray(images) if isinstance(images, Sequence) else images, least=1)
+            yield from with_channels(pixels, self.spec["channels"]).split(batch_size)
 
     def read(self, path: str | Path) -> Tensor:
         """(C, H, W) uint8 of an image file, sized for this model; raises UnreadableImage naming the file."""
@@ -177,7 +183,9 @@ class Clusterer:
                 spec = json.loads((file.metadata() or {}).get("deepclust", "null"))
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}. Give a run folder or model.safetensors") from None
+            raise UserError(
+                f"{path} is not a model: {str(error).splitlines()[0]}. Give a run folder or model.safetensors"
+            ) from None
         if not isinstance(spec, dict) or spec.get("format", 0) > FORMAT:
             raise UserError(f"{path} was not written by this version of deepclust; update deepclust, or train again")
         if spec.pop("sha256", None) != _digest(spec, weights):
@@ -186,7 +194,9 @@ class Clusterer:
         missing, unexpected = network.load_state_dict(weights, strict=False)
         missing = set(missing) - {f"head.{name}" for name in network.head.training_buffers}
         if missing or unexpected:
-            raise UserError(f"{path} does not fit its own description: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+            raise UserError(
+                f"{path} does not fit its own description: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+            )
         return cls(network, spec, device)
 
 

@@ -55,7 +55,7 @@ class DistributedSettings:
 class TrainerSettings:
     """One stage's loop. Steps count macro batches.
 
-    num_images: length of the stage in images seen, in place of `epochs`: small sets then get many passes, large ones few.
+    num_images: length of the stage in images seen, in place of `epochs`: small sets get many passes, large ones few.
     batch_size: rows of one macro batch over all ranks. micro_batches: equal parts it is cut into for the gradients.
     max_steps: stops the stage early (for trying things out); the schedule still spans `epochs`.
     ema: decay of the stage's teacher, None for no teacher.
@@ -85,7 +85,7 @@ class TrainerSettings:
 class OptimSettings:
     """AdamW or SGD with linear warm-up and a cosine to `final_lr_fraction * lr`, stepped per optimiser step.
 
-    head_lr: learning rate of the head's parameters, default lr. backbone_lr: of the backbone's, default lr; 0 freezes it.
+    head_lr: of the head's parameters, default lr. backbone_lr: of the backbone's, default lr; 0 freezes it.
     step_per: `macro` = gradients of all micro batches make one step; `micro` = one step per micro batch.
     """
 

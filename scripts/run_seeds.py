@@ -31,7 +31,14 @@ def main() -> int:
     for seed in range(asked.first, asked.first + asked.seeds):
         folder = asked.out / str(seed)
         began = time.perf_counter()
-        command = [sys.executable, str(ROOT / "train.py"), *asked.overrides, f"seed={seed}", f"run.dir={folder}", "run.new=true"]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *asked.overrides,
+            f"seed={seed}",
+            f"run.dir={folder}",
+            "run.new=true",
+        ]
         code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         if code:
             return code
@@ -51,7 +58,10 @@ def _line(seed: int, summary: dict, wall: float) -> str:
 
 def table(rows: list[tuple[int, dict, float]]) -> str:
     """A line per seed, then the medians; then the baselines' medians on the same features."""
-    lines = ["| seed | ACC | NMI | ARI | kept | ACC of each stage | wall s |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| seed | ACC | NMI | ARI | kept | ACC of each stage | wall s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     lines += [_line(*row) for row in rows]
     kept = [summary["stages"][summary["kept_stage"]] for _, summary, _ in rows]
     medians = " | ".join(f"{100 * statistics.median(stage[name] for stage in kept):.1f}" for name in SCORES)

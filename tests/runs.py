@@ -86,7 +86,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def stop_at(monkeypatch: Any, poll: int) -> None:
-    """Asks the next runs to stop when they look for the `poll`-th time: after each step and before each long section."""
+    """Asks the next runs to stop at their `poll`-th look: one after each step and one before each long section."""
     polls = iter(range(1, 10**6))
 
     class StopAt(StopRequest):

@@ -123,7 +123,11 @@ def test_it_has_the_habits_of_scikit_learn(grey):
 def test_python_values_become_words_of_the_command_line():
     from deepclust.config import load
 
-    overrides = {"stages.selflabel.trainer.ema": None, "eval.baselines": ["kmeans", "gmm"], "trainer.deterministic": True}
+    overrides = {
+        "stages.selflabel.trainer.ema": None,
+        "eval.baselines": ["kmeans", "gmm"],
+        "trainer.deterministic": True,
+    }
     overrides |= {"stages.scan.optim.betas": (0.5, 0.9), "run.root": "a folder, with: 'signs'"}
     config = load(make(overrides=overrides)._words())
     assert config.stages["selflabel"].trainer.ema is None and config.eval.baselines == ["kmeans", "gmm"]
@@ -138,7 +142,7 @@ def test_python_values_become_words_of_the_command_line():
         ({"n_clusters": 61}, pixels(), "more than the 60 images"),
         ({"n_clusters": 0}, pixels(), "num_clusters=0"),
         ({"recipe": "scam"}, pixels(), "scan"),
-        ({}, pixels()[:1], "at least 2 images"),
+        ({}, pixels()[:1], "at least 2 image"),
         ({}, np.zeros((5, 4)), "shape"),
         ({}, np.full((5, 8, 8), np.nan), "NaN"),
         ({}, "no/such/folder", "no such folder"),

@@ -117,7 +117,7 @@ def test_other_images_are_refused_in_a_finished_and_in_a_stopped_run(copy, tmp_p
     assert small_run(tmp_path / "stopped") == 143
     for folder in (copy, tmp_path / "stopped"):
         before = contents(folder)
-        with pytest.raises(UserError, match="not those that .* was trained on"):
+        with pytest.raises(UserError, match=r"not those that .* was trained on"):
             small_run(folder, data=from_arrays(255 - pixels()))
         assert contents(folder) == before
 

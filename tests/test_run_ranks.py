@@ -25,7 +25,7 @@ from deepclust.heads import BankSpec, Head
 from deepclust.settings import OptimSettings, TrainerSettings
 from deepclust.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.runs import RESULTS, outcome, pixels, small_data, small_run, status, stop_at, words
+from tests.runs import outcome, pixels, small_data, small_run, status, stop_at, words
 from tests.toys import toy_backbone, toy_images
 
 ROOT = Path(__file__).parent.parent
@@ -77,8 +77,8 @@ def steps(rank: int, size: int) -> dict[str, dict[str, torch.Tensor]]:
     import torch.distributed as dist
 
     world = World(rank, size, torch.device("cpu"), dist.group.WORLD if size > 1 else None)
-    cases = [("simclr", 1), ("scan", 1), ("selflabel", 1), ("scan", 2), ("selflabel", 3)]
-    return {f"{name}, {micro}": one_step(world, name, micro) for name, micro in cases if (name, micro) != ("scan", 2)}
+    cases = [("simclr", 1), ("scan", 1), ("selflabel", 1), ("selflabel", 3)]
+    return {f"{name}, {micro}": one_step(world, name, micro) for name, micro in cases}
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -86,7 +86,7 @@ def test_the_gradient_of_several_ranks_is_that_of_one(size):
     """21 rows do not divide by 2: ranks hold unequal numbers. No batch statistics, so that nothing else differs."""
     alone = steps(0, 1)
     together = run_ranks(steps, size)
-    assert sorted(sum((result["scan, 1"]["bank rows"].tolist() for result in together), [])) == list(range(21))
+    assert sorted(row for result in together for row in result["scan, 1"]["bank rows"].tolist()) == list(range(21))
     for case, expected in alone.items():
         assert max(float(value.abs().max()) for key, value in expected.items() if "weight" in key) > 1e-4, case
         for result in together:
@@ -167,7 +167,9 @@ class Torchrun:
         command = [*launcher, str(ROOT / "train.py"), *words(folder, *TWO_RANKS, *more), *data]
         self.folder = folder
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     def wait_for_steps(self, count: int) -> None:
         metrics = self.folder / "metrics.jsonl"
@@ -236,4 +238,3 @@ def test_a_wrong_key_is_said_once_under_torchrun(tmp_path):
     code, said = Torchrun(tmp_path / "run", "stages.scan.optim.lrr=1").end()
     assert code != 0 and said.count("stages.scan.optim.lrr") == 1
     assert not (tmp_path / "run").exists()
-    assert RESULTS

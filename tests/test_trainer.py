@@ -23,7 +23,13 @@ TRANSFORMS = toy_transforms(IMAGES)
 def make(head, *, norm=False, hooks=None, optim=None, **settings):
     settings = {"epochs": 2, "batch_size": 16, "precision": "float32", "log_every_steps": 1, **settings}
     return Trainer(
-        toy_backbone(norm), head, IMAGES, TRANSFORMS, settings=TrainerSettings(**settings), optim=optim or OptimSettings(), hooks=hooks
+        toy_backbone(norm),
+        head,
+        IMAGES,
+        TRANSFORMS,
+        settings=TrainerSettings(**settings),
+        optim=optim or OptimSettings(),
+        hooks=hooks,
     )
 
 
@@ -58,7 +64,9 @@ def test_micro_batches_give_the_gradient_of_the_macro_batch():
     grads = []
     for micro in (1, 3, 16):
         torch.manual_seed(1)
-        trainer = make(Plain(), micro_batches=micro, optim=OptimSettings(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0))
+        trainer = make(
+            Plain(), micro_batches=micro, optim=OptimSettings(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+        )
         start = copy.deepcopy(trainer.network.state_dict())
         trainer.network.train()
         batch = next(trainer._open_pass())
@@ -119,7 +127,7 @@ def test_teacher_is_the_moving_average_of_the_student():
 
 
 def test_order_partners_and_reset_reach_the_right_places():
-    """The order that a head asks for is the pass that follows; partners are the second view; reset drops the optimiser's state."""
+    """An order becomes the pass that follows, partners the second view; reset drops the optimiser's state."""
     visits = []
 
     class Watching(Relabelling):

@@ -31,7 +31,11 @@ def installed(tmp_path_factory) -> Path:
 def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     code = "import sys; from deepclust.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-P", "-c", code, *words] if sys.version_info >= (3, 11) else [sys.executable, "-c", code, *words]
+    command = (
+        [sys.executable, "-P", "-c", code, *words]
+        if sys.version_info >= (3, 11)
+        else [sys.executable, "-c", code, *words]
+    )
     return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True)
 
 

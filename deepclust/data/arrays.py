@@ -38,8 +38,8 @@ def load_array(file: str, key: str, names: tuple[str, ...]) -> np.ndarray:
     raise UserError(f"{key}={file}: holds {', '.join(content.files)}; expected an array called {' or '.join(names)}.")
 
 
-def as_images(images: np.ndarray | Tensor) -> Tensor:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3, to (N, C, H, W) uint8.
+def as_images(images: np.ndarray | Tensor, least: int = 2) -> Tensor:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3 and N >= least, to (N, C, H, W) uint8.
 
     Integers must lie in 0..255; floats in [0, 1] and booleans are multiplied by 255 and rounded.
     """
@@ -51,8 +51,8 @@ def as_images(images: np.ndarray | Tensor) -> Tensor:
         raise UserError(f"images: shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3.")
     elif shape[1] not in (1, 3):
         values = values.transpose(0, 3, 1, 2)
-    if 0 in shape[1:] or len(values) < 2:
-        raise UserError(f"images: shape {shape}; clustering needs at least 2 images of at least one pixel.")
+    if 0 in shape[1:] or len(values) < least:
+        raise UserError(f"images: shape {shape}; at least {least} image(s) of at least one pixel are needed.")
     return torch.from_numpy(np.array(_eight_bit(values), order="C"))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deepclust.data.datasets import ImageSet
 from deepclust.data.loader import view_batches
 from deepclust.data.views import ViewTransform
+from deepclust.errors import UserError
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def collect(
 ) -> tuple[Tensor, Tensor]:
     """Features (n, D) float32 on the device and indices (n,) int64 of the given samples; `poll` is called per batch.
 
-    Samples that cannot be read are left out.
+    Samples that cannot be read are left out. Raises UserError where a feature is not finite.
     """
     features: list[Tensor] = []
     index: list[Tensor] = []
@@ -59,4 +60,15 @@ def collect(
     if not features:
         _, view = next(view_batches(images, transform, range(len(images)), 2, device))
         return forward(view).float()[:0], torch.empty(0, dtype=torch.int64)
-    return torch.cat(features), torch.cat(index)
+    return _finite(torch.cat(features), images, torch.cat(index)), torch.cat(index)
+
+
+def _finite(features: Tensor, images: ImageSet, index: Tensor) -> Tensor:
+    """The features themselves; UserError where some are not numbers: they would end up in a cluster unnoticed."""
+    bad = (~features.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(
+            f"the features of {len(bad)} of {len(features)} images are not finite, {images.paths[int(index[bad[0]])]} the "
+            "first: the training has diverged. Try a lower optim.lr, trainer.precision=float32 or trainer.clip_norm=1"
+        )
+    return features

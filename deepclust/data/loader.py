@@ -36,10 +36,14 @@ class Plan:
     num_batches: int
 
     @classmethod
-    def draw(cls, num_samples: int, batch_size: int, seed: int, stage: int, pass_index: int, order: Tensor | None) -> Plan:
+    def draw(
+        cls, num_samples: int, batch_size: int, seed: int, stage: int, pass_index: int, order: Tensor | None
+    ) -> Plan:
         """A random permutation, or the order that a head asked for."""
         if order is None:
-            generator = torch.Generator().manual_seed(int(sample_keys(seed, stage, pass_index, torch.zeros(1).long(), -1)))
+            generator = torch.Generator().manual_seed(
+                int(sample_keys(seed, stage, pass_index, torch.zeros(1).long(), -1))
+            )
             order = torch.randperm(num_samples, generator=generator)
         return cls(order, -(-len(order) // batch_size))
 
@@ -101,7 +105,9 @@ class Loader:
         """Who stands in this rank's part of a macro batch, with whom as partner, under which keys."""
         positions = plan.positions(batch, self.rank, self.size)
         index = plan.order[positions]
-        keys = torch.stack([sample_keys(self.seed, self.stage, pass_index, positions, slot) for slot in range(len(self.views))])
+        keys = torch.stack(
+            [sample_keys(self.seed, self.stage, pass_index, positions, slot) for slot in range(len(self.views))]
+        )
         sources = index.repeat(len(self.views), 1)
         for slot, view in enumerate(self.views):
             if view.source == "partner" and self.partners is not None:
@@ -130,11 +136,13 @@ class Loader:
         for name in dict.fromkeys(view.augment for view in self.views):
             slots = [slot for slot, view in enumerate(self.views) if view.augment == name]
             pixels = self.pixels[samples.sources[slots].reshape(-1).to(self.device)]
-            made = self.transforms[name].batch(pixels, samples.keys[slots].reshape(-1).to(self.device))
+            made = self.transforms[name].batch(pixels, samples.keys[slots].reshape(-1))
             views.update(zip(slots, made.split(len(samples.index))))
         return ViewBatch(samples.index, {slot: views[slot] for slot in sorted(views)})
 
-    def _worker_batches(self, items: list[Samples]) -> Iterator[tuple[Tensor, dict[int, Tensor], list[tuple[int, str]]]]:
+    def _worker_batches(
+        self, items: list[Samples]
+    ) -> Iterator[tuple[Tensor, dict[int, Tensor], list[tuple[int, str]]]]:
         from deepclust.signals import ignore_in_worker
 
         dataset = _WorkerViews(self.images, [view.augment for view in self.views], dict(self.transforms), items)
@@ -185,7 +193,12 @@ def _stack(rows: list[tuple[int, list[Tensor] | str]]) -> tuple[Tensor, dict[int
 
 
 def view_batches(
-    images: ImageSet, transform: ViewTransform, rows: Sequence[int], batch_size: int, device: torch.device | str, seed: int = 0
+    images: ImageSet,
+    transform: ViewTransform,
+    rows: Sequence[int],
+    batch_size: int,
+    device: torch.device | str,
+    seed: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(index (b,), view (b, C, h, w)) over the given samples in order. What cannot be read is left out.
 
@@ -210,4 +223,4 @@ def view_batches(
                 if not len(index):
                     continue
                 pixels = torch.stack([image for image in read_images if image is not None]).to(device)
-            yield index, transform.batch(pixels, sample_keys(seed, 0, 0, index, 0).to(pixels.device))
+            yield index, transform.batch(pixels, sample_keys(seed, 0, 0, index, 0))

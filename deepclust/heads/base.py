@@ -32,7 +32,7 @@ class View:
 
 @dataclass
 class Output:
-    """What a head gives for one view: z (B, D) backbone features, embedding (B, E), logits a list of H tensors (B, K_h)."""
+    """What a head gives for one view: features z (B, D), embedding (B, E), logits: a list of H tensors (B, K_h)."""
 
     z: Tensor
     embedding: Tensor | None = None
@@ -58,7 +58,9 @@ def join_outputs(parts: Sequence[Mapping[int, Output]]) -> dict[int, Output]:
         outs = [part[number] for part in parts]
         embeddings = [out.embedding for out in outs if out.embedding is not None]
         logits = [torch.cat(each) for each in zip(*(out.logits for out in outs))]
-        joined[number] = Output(torch.cat([out.z for out in outs]), torch.cat(embeddings) if embeddings else None, logits)
+        joined[number] = Output(
+            torch.cat([out.z for out in outs]), torch.cat(embeddings) if embeddings else None, logits
+        )
     return joined
 
 
@@ -202,21 +204,19 @@ class Head(nn.Module):
         return type(self).predict is not Head.predict
 
     def score(self, bank: Bank) -> Tensor:
-        """(H,) label-free score per sub-head on the clean bank of all samples, lower is better; the trainer sets `best`."""
+        """(H,) label-free score per sub-head on the clean bank, lower is better; the trainer sets `best`."""
         return torch.zeros(1)
 
     def init_prototypes(self, bank: Bank) -> None:
-        """Called once at a stage's start with a clean bank of z, if `wants_prototypes`: k-means makes the first weights."""
+        """Called once at a stage's start with a clean bank of z, if `wants_prototypes`: clusters become weights."""
 
     def init_from(self, previous: Head) -> None:
         """Takes over what it can from the previous stage's head (a projector, a kept sub-head)."""
 
     def param_groups(self) -> Iterator[tuple[list[nn.Parameter], dict[str, float]]]:
-        """Parameters with their own settings (`lr_scale`, `momentum`, `weight_decay`); what is not named gets the stage's."""
+        """Parameters with settings of their own: `lr_scale`, `momentum`, `weight_decay`; the rest gets the stage's."""
         yield list(self.parameters()), {}
 
     def frozen(self, progress: Progress) -> tuple[str, ...]:
         """Names of own parameters whose gradients the trainer clears after backward."""
         return ()
-
-

@@ -1,4 +1,4 @@
-"""K-means as a head: cosine prototypes at the centroids of fixed features. It is what a pretext's clusters are read from."""
+"""K-means as a head: cosine prototypes at the centroids of fixed features; how a pretext's clusters are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ class KMeansHead(Head):
 
     wants_prototypes = True
 
-    def __init__(self, dim: Count, num_clusters: Count, *, temperature: Positive = 0.1, num_restarts: Count = 10) -> None:
+    def __init__(
+        self, dim: Count, num_clusters: Count, *, temperature: Positive = 0.1, num_restarts: Count = 10
+    ) -> None:
         super().__init__()
         self.num_restarts = num_restarts
         self.layer = ClusterLayer(dim, num_clusters, kind="cosine", temperature=temperature)

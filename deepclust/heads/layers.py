@@ -13,7 +13,7 @@ from deepclust.ops import kmeans
 from deepclust.ops.collectives import mean_rows, sum_over
 from deepclust.ops.spectral import spectral_clusters
 
-SPECTRAL_NEIGHBORS = (15, 20, 30)
+SPECTRAL_NEIGHBORS = (15, 20, 30, 40)
 
 
 class ClusterLayer(nn.Module):
@@ -24,7 +24,13 @@ class ClusterLayer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_clusters: int, num_heads: int = 1, *, kind: Literal["linear", "cosine"] = "linear", temperature: float = 0.1
+        self,
+        dim: int,
+        num_clusters: int,
+        num_heads: int = 1,
+        *,
+        kind: Literal["linear", "cosine"] = "linear",
+        temperature: float = 0.1,
     ) -> None:
         super().__init__()
         self.num_clusters, self.num_heads = num_clusters, num_heads
@@ -59,14 +65,24 @@ class ClusterLayer(nn.Module):
     ) -> None:
         """Clusters of the bank's features (n, D) become weights: sub-head h begins by `methods[h % len(methods)]`.
 
-        `kmeans`: spherical k-means. `spectral`: means of spectral clusters, on graphs of 15, 20 and 30 neighbours in
-        turn, then fitted to give those very clusters. `random`: left as drawn. Each sub-head has its own seed.
+        `kmeans`: spherical k-means. `spectral`: means of spectral clusters, on graphs of 15, 20, 30 and 40 neighbours
+        in turn, then fitted to give those very clusters. `random`: left as drawn. Each sub-head has its own seed.
         """
         scale = float(mean_rows(features.norm(dim=1, keepdim=True), group))
         for head in range(self.num_heads):
             method = methods[head % len(methods)]
             if method == "kmeans":
-                found = kmeans(features, self.num_clusters, spherical=True, num_restarts=num_restarts, seed=head, num_iters=50, group=group)
+                # a fixed backend: the automatic choice is timed, and a resumed run has to find the same bits
+                found = kmeans(
+                    features,
+                    self.num_clusters,
+                    spherical=True,
+                    num_restarts=num_restarts,
+                    num_iters=50,
+                    seed=head,
+                    group=group,
+                    backend="torch",
+                )
                 self.set_prototypes(head, found.centroids.to(self.weight), scale)
             elif method == "spectral":
                 neighbors = SPECTRAL_NEIGHBORS[head % len(SPECTRAL_NEIGHBORS)]
@@ -77,7 +93,7 @@ class ClusterLayer(nn.Module):
                 self._fit(head, features, labels, group)
 
     def _fit(self, head: int, features: Tensor, labels: Tensor, group: Any, steps: int = 100, lr: float = 5e-3) -> None:
-        """Cross entropy on the frozen features, whole bank per step: nearest means alone do not give spectral clusters."""
+        """Cross entropy on the frozen features, whole bank per step: nearest means give other clusters than spectral."""
         with torch.enable_grad():
             parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
             optimizer = torch.optim.Adam(parameters, lr=lr)

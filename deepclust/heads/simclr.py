@@ -1,10 +1,10 @@
-"""SimCLR: contrastive pretext (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations").
+"""SimCLR, a contrastive pretext (Chen et al. 2020, "A Simple Framework for Contrastive Learning").
 
 Negatives are the other images of the micro batch of all ranks. `one_sided=True` is the variant of the SCAN reference,
 where only the first view's embeddings are anchors; the paper (and the default) takes both.
 
-With `neighbors_from` the second view is, late in training, one of the image's nearest neighbours on the features of that
-time (itself included): positives that augmentation cannot make, in the manner of NNCLR (Dwibedi et al. 2021), but mined
+With `neighbors_from` the second view is, late in training, one of the image's nearest neighbours on the features of
+that time (itself included): positives that augmentation cannot make, in the manner of NNCLR (Dwibedi et al. 2021), but mined
 over all images once a pass rather than from a queue.
 """
 
@@ -23,7 +23,9 @@ from deepclust.ops.collectives import gather_rows
 from deepclust.schema import Count, Fraction, Positive
 
 
-def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5, one_sided: bool = False, group: Any = None) -> Tensor:
+def nt_xent(
+    first: Tensor, second: Tensor, *, temperature: float = 0.5, one_sided: bool = False, group: Any = None
+) -> Tensor:
     """Normalised temperature-scaled cross entropy (SimCLR, eq. 1), mean over this rank's anchors.
 
     first, second: (B, E) embeddings of two views of the same images, normalised here. Candidates of an anchor are the
@@ -66,7 +68,10 @@ class SimCLR(Head):
         self.num_neighbors = num_neighbors
         norm: nn.Module = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
         self.projector = nn.Sequential(
-            nn.Linear(dim, hidden_dim, bias=not batch_norm), norm, nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim)
+            nn.Linear(dim, hidden_dim, bias=not batch_norm),
+            norm,
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, embedding_dim),
         )
 
     def forward(self, z: Tensor, view: int) -> Output:

@@ -38,7 +38,7 @@ def knn(
 
     queries: (Q, D), bank: (N, D), any floating dtype (float16 and bfloat16 are computed in float32). With a process
     `group` both are this rank's rows; empty shards are fine. exclude_self: row i of `queries` is row i of `bank`, and
-    is no neighbour of itself. Extra memory does not grow with Q x N. backend "faiss" lets that library search (on CPUs).
+    is no neighbour of itself. Extra memory does not grow with Q x N. backend "faiss" lets that library search.
 
     Returns values (Q, k), similarities in descending order for cosine and dot, distances in ascending order for
     euclidean, and indices (Q, k) int64 into the bank of all ranks laid end to end.
@@ -139,7 +139,7 @@ def _searches(backend: str) -> Search:
 
 
 def _search(queries: Tensor, piece: Tensor, metric: Metric, k: int, self_column: int | None) -> Found:
-    """The k best of one piece, chunk by chunk of the queries: (rows, values, columns of the piece). Larger is better."""
+    """The k best of one piece, by chunks of the queries: (rows, values, columns of the piece). Larger is better."""
     budget = SCORES_CPU if queries.device.type == "cpu" else SCORES_GPU
     step = max(16, budget // len(piece))
     bias = -0.5 * piece.square().sum(1) if metric == "euclidean" else None
@@ -156,7 +156,7 @@ def _search(queries: Tensor, piece: Tensor, metric: Metric, k: int, self_column:
 
 
 def _product(chunk: Tensor, piece: Tensor, bias: Tensor | None) -> Tensor:
-    """chunk @ piece.T + bias. oneDNN's float32 product is the fastest one on CPUs of every make; the operator is private."""
+    """chunk @ piece.T + bias. oneDNN's product is fast on CPUs of every make, MKL's is not; its operator is private."""
     if chunk.device.type == "cpu" and chunk.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(chunk, piece, bias, "none", [], "")
     return F.linear(chunk, piece, bias)

@@ -83,8 +83,8 @@ def test_arrays_of_every_layout_are_the_same_images() -> None:
     [
         (np.zeros((4, 9)), "shape (4, 9)"),
         (np.zeros((4, 5, 5, 2)), "C = 1 or 3"),
-        (np.zeros((1, 5, 5)), "at least 2 images"),
-        (np.zeros((0, 5, 5)), "at least 2 images"),
+        (np.zeros((1, 5, 5)), "at least 2 image"),
+        (np.zeros((0, 5, 5)), "at least 2 image"),
         (np.zeros((3, 0, 5)), "at least one pixel"),
         (np.array([0, np.nan, np.inf]).reshape(3, 1, 1), "NaN or infinite pixels in 2 rows, first 1, 2"),
         (np.array([0.0, 16.0]).reshape(2, 1, 1), "0.0 to 16.0; floats must lie in [0, 1]. Rows outside: 1, first 1"),

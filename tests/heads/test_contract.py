@@ -31,7 +31,9 @@ def trainer_of(head: Head, **settings) -> Trainer:
     names = list(dict.fromkeys(["clean", *(view.augment for view in head.views)]))
     views = build_views(load([]).stages["pretext"].augment, IMAGES, names)
     settings = {"epochs": 2, "batch_size": 16, "precision": "float32", **settings}
-    return Trainer(toy_backbone(norm=True), head, IMAGES, views, settings=TrainerSettings(**settings), optim=OptimSettings())
+    return Trainer(
+        toy_backbone(norm=True), head, IMAGES, views, settings=TrainerSettings(**settings), optim=OptimSettings()
+    )
 
 
 def batch_of(size: int = BATCH) -> Batch:
@@ -148,7 +150,20 @@ def test_a_head_knows_nothing_of_the_house_above_it(name):
 
     import deepclust.heads
 
-    above = {"trainer", "recipe", "cli", "config", "loggers", "data", "checkpoint", "optim", "model", "results", "report", "eval"}
+    above = {
+        "trainer",
+        "recipe",
+        "cli",
+        "config",
+        "loggers",
+        "data",
+        "checkpoint",
+        "optim",
+        "model",
+        "results",
+        "report",
+        "eval",
+    }
     for path in Path(deepclust.heads.__file__).parent.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 200 or path.name == "base.py", path
         for node in ast.walk(ast.parse(path.read_text())):

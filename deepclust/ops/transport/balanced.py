@@ -10,7 +10,7 @@ from torch import Tensor
 from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.shared import all_max, all_sum, refuse_not_finite
 
-CHUNK_BYTES = 393_216  # rows worked on at a time on a CPU: exp, row sums and column sums then stay in a core's cache
+CHUNK_BYTES = 524_288  # rows worked on at a time on a CPU: exp, row sums and column sums then stay in a core's cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
 MAX_RANGE = 1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
 
@@ -78,11 +78,11 @@ def _scale(scores: Tensor, codes: Tensor, epsilon: float, num_iters: int, margin
     sums, peak = _first_sums(scores, codes, 1.0 / epsilon, chunk_rows)
     top = all_max(peak.clone(), group)
     sums = sums * ((peak - top) / epsilon).exp()
-    used = marginal > 0
+    unused = torch.where(marginal > 0, 0.0, torch.inf)
     spread = sums.new_zeros(())
     for step in range(num_iters):
         scale = marginal / all_sum(sums, group)
-        spread = torch.maximum(spread, scale[used].amax() / scale[used].amin())
+        spread = torch.maximum(spread, scale.amax() / (scale + unused).amin())
         sums = torch.zeros_like(marginal)
         for chunk in chunks:
             rows = (chunk @ scale).reciprocal_()
@@ -105,7 +105,7 @@ def _first_sums(scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int
         if not chunk.numel():
             break
         row_max = part.amax(1)
-        torch.sub(part, row_max[:, None], out=chunk).mul_(sharpness).clamp_min_(LOG_ZERO).exp_()
+        torch.add((row_max * -sharpness)[:, None], part, alpha=sharpness, out=chunk).clamp_min_(LOG_ZERO).exp_()
         higher = torch.maximum(peak, row_max.amax())
         sums = sums * ((peak - higher) * sharpness).exp()
         peak = higher

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,9 @@ def partial_transport(
     """
     check_settings(logits, mass, kl_weight, epsilon)
     logits = plain(logits)
-    kernel = Kernel(lambda: log_softmax_chunks(logits), True, group, "logits")
+    benefit = torch.log_softmax(wide(logits), 1)
+    chunks = partial(benefit.split, chunk_rows(benefit.shape[1], benefit.device))
+    kernel = Kernel(chunks, True, group, "logits")
     solution = solve(kernel, mass, kl_weight, epsilon, tol, max_iters, warm_start)
     return result(kernel, solution, mass, logits)
 
@@ -73,12 +75,6 @@ def check_settings(logits: Tensor, mass: float, kl_weight: float, epsilon: float
     ):
         if not fits:
             raise ValueError(f"{name}={value} is out of range; valid: 0 < mass <= 1, kl_weight > 0, epsilon > 0")
-
-
-def log_softmax_chunks(logits: Tensor) -> Iterable[Tensor]:
-    """(rows, K) log-probabilities in float64, chunk by chunk."""
-    for chunk in logits.split(chunk_rows(logits.shape[1], logits.device)):
-        yield torch.log_softmax(wide(chunk), 1)
 
 
 def solve(

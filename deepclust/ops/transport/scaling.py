@@ -20,7 +20,7 @@ from deepclust.ops.precision import wide
 from deepclust.ops.transport.shared import all_max, all_sum
 
 CHUNK_BYTES = 1_048_576  # of the kernel worked on at a time on a CPU, so that a round reads memory once
-EASY_RANGE = 50.0  # of sharpness * benefit in a row: there scales of 1 are a good start
+EASY_RANGE = 200.0  # of sharpness * benefit in a row: there scales of 1 are a good start
 MEMORY = 8  # differences that Anderson's mixing keeps
 FARTHEST = 100.0  # of an extrapolated move, in plain steps
 ROUGH = 1e-3  # violation that will do on the way to the asked sharpness

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepclust.ops.collectives import row_counts
 from deepclust.ops.precision import exact, plain, wide
-from deepclust.ops.transport.partial import TransportResult, check_settings, log_softmax_chunks, result, solve
+from deepclust.ops.transport.partial import TransportResult, check_settings, result, solve
 from deepclust.ops.transport.scaling import Kernel, chunk_rows
 from deepclust.ops.transport.shared import all_sum
 
@@ -44,7 +44,7 @@ def semantic_partial_transport(
     """
     check_settings(logits, mass, kl_weight, epsilon)
     logits = plain(logits)
-    benefit = torch.cat(list(log_softmax_chunks(logits)))
+    benefit = torch.log_softmax(wide(logits), 1)
     sizes = row_counts(len(logits), group, logits.device)
     if similarity.shape != (len(logits), sum(sizes)):
         raise ValueError(
