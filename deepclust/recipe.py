@@ -256,8 +256,8 @@ def _hooks(run: Run, stage: Stage) -> Hooks:
     def log(metrics: dict[str, float], progress: Progress) -> None:
         position = {"stage_step": progress.step, "stage_steps": progress.num_steps, "epoch": progress.epoch}
         run.loggers.log({**metrics, **position}, run.global_step + progress.step, stage.name)
-        entropies = {"assignment_entropy": metrics.get("entropy"), "cross_entropy": metrics.get("cross_entropy")}
-        for line in alarm.check(progress.step, run.num_clusters, **entropies):
+        sizes, loss = metrics.get("entropy"), metrics.get("cross_entropy")
+        for line in alarm.check(progress.step, run.num_clusters, assignment_entropy=sizes, cross_entropy=loss):
             run.tell(line, "warning")
 
     def status(state: Any, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.shared import all_max, all_sum, refuse_not_finite
 
-CHUNK_BYTES = 524_288  # rows worked on at a time on a CPU: exp, row sums and column sums then stay in a core's cache
+CHUNK_BYTES = 8_388_608  # rows worked on at a time on a CPU: exp, row and column sums then stay in the last-level cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
 MAX_RANGE = 1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
 

@@ -1,0 +1,82 @@
+"""Backbones: sizes, timm by name and from a local file, freezing by part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deepclust.backbones import cifar_resnet, small_convnet, timm_backbone
+from deepclust.errors import UserError
+
+
+@pytest.mark.parametrize("size", [8, 12, 16, 28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_nets_take_small_images(size, channels):
+    net = small_convnet(channels, size, width=8)
+    assert net(torch.randn(2, channels, size, size)).shape == (2, net.num_features)
+    assert net.training
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_resnets_keep_the_resolution_of_small_images(depth):
+    import torchvision
+
+    net = cifar_resnet(3, depth=depth)
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 512) == (2, net.num_features)
+    stem = net.body.conv1(torch.randn(1, 3, 32, 32))
+    assert net.body.maxpool(stem).shape[-1] == 32
+    reference = torchvision.models.get_model(f"resnet{depth}")
+    own = {name: value.shape for name, value in net.body.state_dict().items()}
+    theirs = {name: value.shape for name, value in reference.state_dict().items() if not name.startswith("fc.")}
+    assert {name for name in theirs if own[name] != theirs[name]} == {"conv1.weight"}
+
+
+def test_timm_models_by_name_and_weights_from_a_local_file(tmp_path):
+    torch.manual_seed(0)
+    first = timm_backbone(3, name="resnet10t")
+    assert first.preprocess is None
+    assert first(torch.randn(2, 3, 64, 64)).shape == (2, first.num_features)
+    import timm
+
+    whole = timm.create_model("resnet10t", pretrained=False)
+    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "weights.safetensors")
+    loaded = timm_backbone(3, name="resnet10t", weights=str(tmp_path / "weights.safetensors"))
+    assert loaded.preprocess is not None and len(loaded.preprocess.mean) == 3 and loaded.preprocess.size
+    for name, value in loaded.body.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+    grey = timm_backbone(1, name="resnet10t", weights=str(tmp_path / "weights.safetensors"))
+    assert grey.preprocess is not None and len(grey.preprocess.mean) == 1
+    assert grey(torch.randn(1, 1, 64, 64)).shape == (1, grey.num_features)
+
+
+def test_what_timm_does_not_know_is_named_with_what_is_near(tmp_path):
+    with pytest.raises(UserError, match="resnet10x.*nearest.*resnet10t"):
+        timm_backbone(3, name="resnet10x")
+    with pytest.raises(UserError, match=r"backbone\.weights=.*missing"):
+        timm_backbone(3, name="resnet10t", weights=str(tmp_path / "missing.safetensors"))
+    (tmp_path / "bad.pth").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"backbone\.weights="):
+        timm_backbone(3, name="resnet10t", weights=str(tmp_path / "bad.pth"))
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "canary"), "w"))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"conv1.weight": Evil()}))
+    with pytest.raises(UserError):
+        timm_backbone(3, name="resnet10t", weights=str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_freezing_by_part():
+    net = cifar_resnet(3, freeze=["conv1", "layer1"])
+    frozen = {name.split(".")[0] for name, value in net.body.named_parameters() if not value.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+    assert not any(value.requires_grad for value in cifar_resnet(3, freeze=[""]).parameters())
+    with pytest.raises(UserError, match="layer9.*layer4"):
+        cifar_resnet(3, freeze=["layer9"])
