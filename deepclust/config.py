@@ -37,7 +37,7 @@ NODES = {"data": "deepclust.data", "backbone": "deepclust.backbones", "head": "d
 JOB = signature("deepclust.settings.JobSettings")
 TOP = (*JOB.parameters, *SECTIONS, "augment", *NODES, "stages")
 STAGE = ("head", "optim", "augment", "trainer")
-NO_EFFECT = ("trainer.num_workers", "trainer.log_every_steps", "trainer.eval_every_epochs")
+NO_EFFECT = ("trainer.num_workers", "trainer.log_every_steps")
 """Keys of a stage that change how long or how chattily it runs, not what comes out."""
 _ABSENT = object()
 

@@ -45,7 +45,7 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> DeepClusterer:
-        """Trains on X: a folder of images, a list of image paths, an `ImageData`, or an array or tensor (see `Clusterer`).
+        """Trains on X: a folder of images, a list of paths, an `ImageData`, or an array or tensor (see `Clusterer`).
 
         y is ignored. Raises UserError for bad settings or images.
         """
@@ -64,7 +64,8 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
         return self
 
     def _words(self) -> list[str]:
-        words = {"recipe": self.recipe, "seed": self.random_state, "logger.console": self.verbose, "eval.baselines": "none"}
+        words = {"recipe": self.recipe, "seed": self.random_state, "eval.baselines": "none"}
+        words["logger.console"] = self.verbose
         if self.backbone is not None:
             words["backbone"] = self.backbone
         if self.n_clusters is not None:

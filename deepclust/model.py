@@ -59,13 +59,13 @@ class Network(nn.Module):
         return outputs
 
     @torch.no_grad()
-    def follow(self, student: Network, decay: float) -> None:
-        """Moves towards the student: theta <- decay theta + (1 - decay) theta_student; buffers are copied."""
+    def follow(self, student: Network, decay: float, buffers: bool = True) -> None:
+        """Moves towards the student: theta <- decay theta + (1 - decay) theta_student; buffers are copied if asked."""
         for mine, theirs in zip(self.parameters(), student.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - decay)
         own = {f"head.{name}" for name in self.head.training_buffers}
         for (name, mine), theirs in zip(self.named_buffers(), student.buffers()):
-            if name not in own:
+            if buffers and name not in own:
                 mine.copy_(theirs)
 
     @torch.no_grad()

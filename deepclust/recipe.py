@@ -139,8 +139,10 @@ def _stages(run: Run, found: checkpoint.Checkpoint | None) -> str:
 # -------------------------------------------------------------------------------------------------- one stage
 
 
-def _stage(run: Run, number: int, stage: Stage, previous: Network | None, found: checkpoint.Checkpoint | None) -> Network:
-    """Trains one stage or loads what it had become, then evaluates it. Gives the network that the next one begins with."""
+def _stage(
+    run: Run, number: int, stage: Stage, previous: Network | None, found: checkpoint.Checkpoint | None
+) -> Network:
+    """Trains one stage or loads what it had become, then evaluates it. Gives the network for the next one."""
     at = -1 if found is None else int(found.meta["number"])
     state = found
     if number < at:
@@ -207,7 +209,12 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
     config, images = run.config, run.data.train
     torch.manual_seed(int(sample_keys(config.seed, number, 0, torch.zeros(1).long(), -3)) % 2**63)
     network = build_network(
-        config.backbone, stage.head, _sizes(run, stage), num_samples=len(images), pretrained=previous is None, trust=config.trust
+        config.backbone,
+        stage.head,
+        _sizes(run, stage),
+        num_samples=len(images),
+        pretrained=previous is None,
+        trust=config.trust,
     )
     if previous is not None:
         network.backbone.load_state_dict(previous.backbone.state_dict())
@@ -235,7 +242,8 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
 def _sizes(run: Run, stage: Stage) -> dict[str, Any]:
     """What a network's constructors are told."""
     images = run.data.train
-    return {"channels": images.channels, "size": stage.augment["size"] or images.size[0], "num_clusters": run.num_clusters}
+    size = stage.augment["size"] or images.size[0]
+    return {"channels": images.channels, "size": size, "num_clusters": run.num_clusters}
 
 
 def _view(run: Run, stage: Stage, network: Network) -> dict[str, Any]:
@@ -302,8 +310,13 @@ def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
         if reads:
             result.scores["reads"] = reads
         alarm = CollapseAlarm(stage.name)
-        used, confidence = result.scores["clusters_used"], result.scores["mean_confidence"]
-        for line in alarm.check(trainer.step, run.num_clusters, clusters_used=used, mean_confidence=confidence, evaluated=True):
+        for line in alarm.check(
+            trainer.step,
+            run.num_clusters,
+            clusters_used=result.scores["clusters_used"],
+            mean_confidence=result.scores["mean_confidence"],
+            evaluated=True,
+        ):
             run.tell(line, "warning")
     run.done.append(result)
 
@@ -342,7 +355,8 @@ def _finish(run: Run) -> None:
 def _spec(run: Run, kept: StageResult) -> dict[str, Any]:
     """What `Clusterer` is rebuilt from."""
     stage = run.config.stages[kept.name]
-    return {"backbone": run.config.backbone, "head": dict(kept.head), **_sizes(run, stage), **_view(run, stage, kept.network)}
+    nodes = {"backbone": run.config.backbone, "head": dict(kept.head)}
+    return {**nodes, **_sizes(run, stage), **_view(run, stage, kept.network)}
 
 
 # -------------------------------------------------------------------------------------------------- before a run
@@ -351,9 +365,10 @@ def _spec(run: Run, kept: StageResult) -> dict[str, Any]:
 def _num_clusters(config: RunConfig, data: ImageData) -> int:
     num = config.num_clusters or data.num_classes
     if num is None:
-        raise UserError(f"num_clusters is needed: {data.name} has no labels to count classes from. Say num_clusters=10, for example")
+        raise UserError(f"num_clusters is needed: {data.name} has no labels to count. Say num_clusters=10, for example")
     if num > len(data.train):
-        raise UserError(f"num_clusters={num} is more than the {len(data.train)} images of {data.name}; at most {len(data.train)} are possible")
+        most = len(data.train)
+        raise UserError(f"num_clusters={num} is more than {data.name} has images; at most {most} are possible")
     return num
 
 
@@ -362,7 +377,8 @@ def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) 
     config, images = run.config, run.data.train
     run.loggers.start({"name": config.name(), "folder": str(run.folder.path), "config": config.tree})
     kind = "images without labels" if images.classes is None else "images (labels are read by the evaluation alone)"
-    run.tell(f"{len(images)} {kind}, {images.channels} x {images.size[0]} x {images.size[1]}; {run.num_clusters} clusters")
+    shape = f"{images.channels} x {images.size[0]} x {images.size[1]}"
+    run.tell(f"{len(images)} {kind}, {shape}; {run.num_clusters} clusters")
     dtype = autocast_dtype(next(iter(config.stages.values())).trainer.precision, run.world.device)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     run.tell(f"{run.world.device}, {precision}, {torch.get_num_threads()} threads, {run.world.size} process(es)")
@@ -376,8 +392,8 @@ def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) 
         run.tell(f"Going on from step {found.meta['step']} of the stage {found.meta['stage']}.")
         if found.meta["ranks"] != run.world.size:
             run.tell(
-                f"It was saved by {found.meta['ranks']} process(es) and goes on with {run.world.size}: the order of images and "
-                "their views stay the same, sums are rounded differently and dropout draws anew.",
+                f"It was saved by {found.meta['ranks']} process(es) and goes on with {run.world.size}: the order of "
+                "images and their views stay the same, sums are rounded differently and dropout draws anew.",
                 "warning",
             )
 

@@ -23,6 +23,7 @@ from deepclust.model import Network
 from deepclust.ops import knn
 from deepclust.report import write_report
 from deepclust.report.gallery import make_galleries
+from deepclust.report.plots import metric_curves
 from deepclust.run_folder import RunFolder
 from deepclust.settings import EvalSettings
 
@@ -68,9 +69,18 @@ def neighbor_graph(features: np.ndarray, num_neighbors: int) -> np.ndarray:
     return graph.numpy()
 
 
-def score_stage(result: StageResult, data: ImageData, num_clusters: int, graph: np.ndarray, before: StageResult | None, settings: EvalSettings) -> None:
+def score_stage(
+    result: StageResult,
+    data: ImageData,
+    num_clusters: int,
+    graph: np.ndarray,
+    before: StageResult | None,
+    settings: EvalSettings,
+) -> None:
     """Fills `scores`: label-free ones always, the others where there are labels."""
-    previous = None if before is None or len(before.train.clusters) != len(result.train.clusters) else before.train.clusters
+    previous = None if before is None else before.train.clusters
+    if previous is not None and len(previous) != len(result.train.clusters):
+        previous = None
     same_rows = len(graph) == len(result.train.clusters)
     scores: dict[str, Any] = {"seconds": result.seconds}
     scores.update(
@@ -109,7 +119,9 @@ def _labelled_scores(split: Split, images: ImageSet) -> dict[str, Any]:
     return {name: _plain(value) for name, value in scores.items()}
 
 
-def run_baselines(result: StageResult, data: ImageData, num_clusters: int, settings: EvalSettings, seed: int) -> dict[str, Any]:
+def run_baselines(
+    result: StageResult, data: ImageData, num_clusters: int, settings: EvalSettings, seed: int
+) -> dict[str, Any]:
     """ACC, NMI, ARI of classical clusterings of this stage's features; a baseline that failed says why."""
     pixels = None
     if data.train.images is not None:
@@ -129,7 +141,8 @@ def run_baselines(result: StageResult, data: ImageData, num_clusters: int, setti
         if labels is None:
             entry["failed"] = found.reasons[name]
         elif classes is not None:
-            entry.update({key: value for key, value in clustering_scores(labels, classes[found.index]).items() if key in SCORES})
+            measured = clustering_scores(labels, classes[found.index])
+            entry.update({key: measured[key] for key in SCORES})
         scores[name] = entry
     return scores
 
@@ -153,11 +166,14 @@ def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     for name, scores in summary["stages"].items():
         label = f"{name} (kept)" if name == summary["kept_stage"] else name
         label += f" + {scores['reads']}" if "reads" in scores else ""
-        rows.append([label, *_percent(scores, labelled), scores.get("neighbor_agreement"), scores["clusters_used"], _round(scores["seconds"])])
+        label_free = [scores.get("neighbor_agreement"), scores["clusters_used"], _round(scores["seconds"])]
+        rows.append([label, *_percent(scores, labelled), *label_free])
         if "test" in scores:
             rows.append([f"{name}, held-out images", *_percent(scores["test"], labelled), None, None, None])
     for name, scores in summary["baselines"].items():
-        label = f"{BASELINE_WORDS.get(name, name)}" + (f" ({scores['samples']} images)" if scores["samples"] < summary["num_images"] else "")
+        label = BASELINE_WORDS.get(name, name)
+        if scores["samples"] < summary["num_images"]:
+            label += f" ({scores['samples']} images)"
         label += f": failed, {scores['failed']}" if "failed" in scores else ""
         rows.append([label, *_percent(scores, labelled), None, None, _round(scores["seconds"])])
     return columns, rows
@@ -166,8 +182,8 @@ def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
 def show(loggers: Loggers, folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """The table, and where to look."""
     columns, rows = table_rows(summary)
-    title = f"{summary['data']}: {summary['num_images']} images, {summary['num_clusters']} clusters, {summary['seconds']:.0f} s"
-    loggers.table(title, columns, rows)
+    what = f"{summary['num_images']} images, {summary['num_clusters']} clusters"
+    loggers.table(f"{summary['data']}: {what}, {summary['seconds']:.0f} s", columns, rows)
     loggers.message(summary["why"])
     files = (("clusters", "clusters.csv"), ("report", "report.html"), ("model", "model.safetensors"))
     loggers.message("\n".join(f"{word + ':':<10}{folder.path / name}" for word, name in files))
@@ -193,7 +209,7 @@ def _round(seconds: float | None) -> str | None:
 
 
 def clusters_csv(result: StageResult, data: ImageData) -> str:
-    """index, path, split, cluster, confidence: a line for each image that the protocol clusters, and the skipped ones."""
+    """index, path, split, cluster, confidence: a line for each image that the protocol clusters, then the skipped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "path", "split", "cluster", "confidence"])
@@ -211,7 +227,9 @@ def clusters_csv(result: StageResult, data: ImageData) -> str:
     return text.getvalue()
 
 
-def write_page(folder: RunFolder, kept: StageResult, data: ImageData, summary: Mapping[str, Any], gallery_images: int) -> None:
+def write_page(
+    folder: RunFolder, kept: StageResult, data: ImageData, summary: Mapping[str, Any], gallery_images: int
+) -> None:
     """report.html: the table, the curves and a gallery of each cluster of the kept stage."""
     images, split = data.train, kept.train
 
@@ -222,22 +240,18 @@ def write_page(folder: RunFolder, kept: StageResult, data: ImageData, summary: M
         return f"{images.paths[split.rows[place]]} ({split.confidence[place]:.0%})"
 
     galleries = make_galleries(split.clusters, split.confidence, summary["num_clusters"], gallery_images, read, caption)
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for row in read_metrics(folder.path / "metrics.jsonl"):
-        if "loss" in row:
-            steps, values = curves.setdefault(f"{row['stage']}: loss", ([], []))
-            steps.append(row["stage_step"])
-            values.append(row["loss"])
-    notes = [summary["why"]]
-    if images.classes is not None:
-        notes.append("Labels were read by the evaluation alone: not by training, nor by the choice of the stage.")
+    model = folder.path.as_posix()
+    commands = [
+        ("Cluster new images, from the command line", f"deepclust predict {model} IMAGES -o clusters.csv"),
+        ("and from Python", f'from deepclust import Clusterer\n\nclusters = Clusterer.load("{model}").predict(images)'),
+    ]
     write_report(
         folder.path / "report.html",
         title=f"{data.name}: {summary['num_clusters']} clusters of {summary['num_images']:,} images",
         summary=summary,
         galleries=galleries,
-        curves=curves,
-        notes=notes,
+        curves=metric_curves(read_metrics(folder.path / "metrics.jsonl")),
+        commands=commands,
         skipped=[f"{skipped.path}: {skipped.reason}" for skipped in images.skipped],
     )
 

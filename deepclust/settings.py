@@ -58,7 +58,8 @@ class TrainerSettings:
     num_images: length of the stage in images seen, in place of `epochs`: small sets get many passes, large ones few.
     batch_size: rows of one macro batch over all ranks. micro_batches: equal parts it is cut into for the gradients.
     max_steps: stops the stage early (for trying things out); the schedule still spans `epochs`.
-    ema: decay of the stage's teacher, None for no teacher.
+    ema: decay of the stage's teacher, None for no teacher. ema_mode `reference`: as in SCAN's code, see `Stepper`.
+
     precision `auto`: bf16 autocast where the device has it natively.
     views `auto`: batched on the device if the images are in memory as uint8, else per sample in loader workers.
     """
@@ -69,6 +70,7 @@ class TrainerSettings:
     batch_size: Count = 256
     micro_batches: Count = 1
     ema: Decay | None = None
+    ema_mode: Literal["teacher", "reference"] = "teacher"
     clip_norm: Positive | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True
@@ -77,7 +79,6 @@ class TrainerSettings:
     num_workers: Natural = 2
     views: Literal["auto", "device", "workers"] = "auto"
     log_every_steps: Count = 10
-    eval_every_epochs: Natural = 0
     deterministic: bool = False
 
 

@@ -24,15 +24,15 @@ from deepclust.data.datasets import ImageSet
 from deepclust.data.loader import Loader, Plan, ViewBatch
 from deepclust.data.random import sample_keys
 from deepclust.data.views import ViewTransform
-from deepclust.distributed import World, sum_gradients
+from deepclust.distributed import World
 from deepclust.errors import UserError
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Targets, join_outputs
 from deepclust.loggers.meter import Meter
 from deepclust.model import Network
 from deepclust.ops.collectives import gather_rows, row_counts
-from deepclust.optim import build_optimizer, forget, learning_rate_factor, set_learning_rate
-from deepclust.precision import autocast, autocast_dtype
+from deepclust.precision import autocast
 from deepclust.settings import OptimSettings, TrainerSettings
+from deepclust.stepper import Stepper
 
 
 class Stopped(Exception):
@@ -81,14 +81,11 @@ class Trainer:
         self.hooks = hooks or Hooks()
         self.images, self.transforms, self.seed, self.stage = images, transforms, seed, stage
         self.device = self.world.device
-        self.dtype = autocast_dtype(self.settings.precision, self.device)
-        self.optimizer = build_optimizer(backbone, head, self.optim)
         self.network = Network(backbone, head).to(self.device)
         if self.settings.channels_last:
             self.network.backbone.to(memory_format=torch.channels_last)
         self.head: Head = self.network.head
-        self.teacher: Network | None = None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.stepper = Stepper(self.network, self.optim, self.settings, self.world)
         self.steps_per_epoch = -(-len(images) // self.settings.batch_size)
         budget = self.settings.num_images
         self.num_epochs = self.settings.epochs if budget is None else max(1, round(budget / len(images)))
@@ -103,7 +100,7 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def fit(self) -> None:
-        """Trains to the end, or to `max_steps`. Raises Stopped if asked to stop, UserError if the loss is not finite."""
+        """Trains to the end, or to `max_steps`. Raises Stopped if asked to, UserError if the loss is not finite."""
         last = min(self.num_steps, self.settings.max_steps or self.num_steps)
         if self.step == 0:
             self._prepare()
@@ -139,14 +136,14 @@ class Trainer:
             losses = self.head.loss(part, targets[rows], about[rows])
             everyone = sum(cut[number + 1] - cut[number] for cut in cuts)
             denominator = everyone if self.optim.step_per == "micro" else sum(counts)
-            self._backward(losses["loss"] * ((rows.stop - rows.start) / denominator))
+            self.stepper.backward(losses["loss"] * ((rows.stop - rows.start) / denominator))
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() * (rows.stop - rows.start)
             done.append({view: output.detach() for view, output in part.items()})
             if self.optim.step_per == "micro":
-                self._optimizer_step(progress)
+                self.stepper.step(progress)
         if self.optim.step_per == "macro":
-            self._optimizer_step(progress)
+            self.stepper.step(progress)
         with torch.no_grad():
             self.head.after_step(join_outputs(done), about)
         return sums, len(batch.index)
@@ -168,10 +165,10 @@ class Trainer:
             outputs = self.network.outputs(self._views(batch, everything, "targets"), self._autocast())
         with torch.no_grad():
             seen: dict[int, Output] = {}
-            if self.teacher is None and outputs is not None:
+            if self.stepper.target_maker is None and outputs is not None:
                 seen = {n: out.detach() for n, out in outputs.items() if self.head.views[n].used_for == "both"}
             wanted = {n: view for n, view in self._views(batch, everything, "loss").items() if n not in seen}
-            source = self.teacher or self.network
+            source = self.stepper.target_maker or self.network
             parts = [source.outputs({n: view[rows] for n, view in wanted.items()}, self._autocast()) for rows in micro]
             return outputs, self.head.targets({**seen, **join_outputs(parts)}, about)
 
@@ -180,31 +177,7 @@ class Trainer:
         return {n: view[rows] for n, view in batch.views.items() if self.head.views[n].used_for != leave_out}
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return autocast(self.device, self.dtype)
-
-    def _backward(self, loss: Tensor) -> None:
-        if loss.requires_grad:
-            self.scaler.scale(loss).backward()
-
-    def _optimizer_step(self, progress: Progress) -> None:
-        """Sums gradients over ranks, clips, steps at this step's learning rate, moves the teacher."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        sum_gradients(parameters, self.world.group)
-        self.scaler.unscale_(self.optimizer)
-        frozen = set(self.head.frozen(progress))
-        for name, parameter in self.head.named_parameters():
-            if name in frozen:
-                parameter.grad = None
-        if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        warmup = self.optim.warmup_steps or round(self.optim.warmup_epochs * self.steps_per_epoch)
-        set_learning_rate(self.optimizer, learning_rate_factor(progress.step, self.num_steps, warmup, self.optim))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.network.average_batch_statistics(self.world.group)
-        if self.teacher is not None and self.settings.ema is not None:
-            self.teacher.follow(self.network, min(self.settings.ema, (1 + progress.step) / (10 + progress.step)))
+        return autocast(self.device, self.stepper.dtype)
 
     # ---------------------------------------------------------------- between macro batches
 
@@ -221,14 +194,10 @@ class Trainer:
             self.hooks.status("clustering", self.progress())
             with self.hooks.interruptible():
                 self.head.init_prototypes(self.bank(BankSpec()))
-        self._make_teacher()
-
-    def _make_teacher(self) -> None:
-        if self.settings.ema is not None:
-            self.teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.stepper.start_teacher()
 
     def _refresh(self, progress: Progress) -> bool:
-        """Gives the head its bank if it wants one, and applies what it asks for. A stop inside leaves the state before."""
+        """Gives the head the bank it wants and applies what it asks for. A stop inside leaves the state before."""
         spec = self.head.bank_due(progress)
         if spec is None:
             return False
@@ -243,11 +212,7 @@ class Trainer:
             raise
         self.loader.partners = self.loader.partners if asked.partners is None else asked.partners.cpu()
         self.next_order = self.next_order if asked.order is None else asked.order.cpu()
-        redrawn = [self.head.get_parameter(name) for name in asked.reset]
-        forget(self.optimizer, redrawn)
-        if redrawn and self.teacher is not None:
-            for name in asked.reset:
-                self.teacher.head.get_parameter(name).data.copy_(self.head.get_parameter(name))
+        self.stepper.redrawn(asked.reset)
         self.hooks.status("running", progress)
         return True
 
@@ -260,7 +225,9 @@ class Trainer:
             return Bank(empty, torch.empty(0, dtype=torch.int64, device=self.device), len(self.images), group)
         rows: Any = self.world.block(len(self.images))
         if spec.num_samples is not None and spec.num_samples < len(self.images):
-            order = Plan.draw(len(self.images), 1, self.seed, self.stage, -1 - self.step, None).order[: spec.num_samples]
+            order = Plan.draw(len(self.images), 1, self.seed, self.stage, -1 - self.step, None).order[
+                : spec.num_samples
+            ]
             block = self.world.block(spec.num_samples)
             rows = order[block.start : block.stop].tolist()
 
@@ -270,7 +237,13 @@ class Trainer:
 
         with untouched(source, spec.mode):
             features, index = collect(
-                forward, self.images, self.transforms[spec.view], rows, batch_size=512, device=self.device, seed=self.seed
+                forward,
+                self.images,
+                self.transforms[spec.view],
+                rows,
+                batch_size=512,
+                device=self.device,
+                seed=self.seed,
             )
         return Bank(features, index.to(self.device), len(self.images), group)
 
@@ -286,7 +259,7 @@ class Trainer:
     @property
     def evaluated(self) -> Network:
         """What evaluation and export use: the teacher where there is one."""
-        return self.teacher or self.network
+        return self.stepper.teacher or self.network
 
     def _open_pass(self) -> Iterator[ViewBatch]:
         epoch, start = divmod(self.step, self.steps_per_epoch)
@@ -301,7 +274,7 @@ class Trainer:
         if engine == "auto":
             engine = "device" if self.images.images is not None else "workers"
         if engine == "device" and self.images.images is None:
-            raise UserError("trainer.views=device needs the images in memory; use views=workers or raise data.memory_mb")
+            raise UserError("trainer.views=device needs the images in memory; use workers, or raise data.memory_mb")
         return Loader(
             self.images,
             self.head.views,
@@ -320,10 +293,10 @@ class Trainer:
         loss = metrics.get("loss", 0.0)
         if loss != loss or abs(loss) == float("inf"):
             raise UserError(
-                f"the loss became {loss} at step {self.step} of stage {self.stage}; the last checkpoint is from before it. "
+                f"the loss became {loss} at step {self.step} of stage {self.stage}; the last checkpoint is older. "
                 f"Try a lower optim.lr (now {self.optim.lr:g}), trainer.precision=float32 or trainer.clip_norm=1"
             )
-        return {**metrics, "lr": self.optimizer.param_groups[0]["lr"]}
+        return {**metrics, "lr": self.stepper.learning_rate}
 
     # ---------------------------------------------------------------- state
 
@@ -342,30 +315,21 @@ class Trainer:
             "buffers": {name: self.head.get_buffer(name).cpu() for name in self.head.sharded_buffers},
             "meter": self.meter.state_dict(),
         }
-        sampler = {"step": self.step, "order": self.order, "next_order": self.next_order, "partners": self.loader.partners}
-        state: dict[str, Any] = {
-            "backbone": self.network.backbone.state_dict(),
-            "head": self.network.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sampler": sampler,
+        sampler = {
+            "step": self.step,
+            "order": self.order,
+            "next_order": self.next_order,
+            "partners": self.loader.partners,
         }
-        if self.teacher is not None:
-            state["teacher"] = self.teacher.state_dict()
-        return {**state, **{f"rank{rank}": part for rank, part in enumerate(self.world.gather(own))}}
+        ranks = {f"rank{rank}": part for rank, part in enumerate(self.world.gather(own))}
+        return {**self.stepper.state_dict(), "sampler": sampler, **ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues where `state_dict` was taken. With another number of ranks the random state is drawn anew."""
-        self.network.backbone.load_state_dict(state["backbone"])
-        self.network.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.load_state_dict(state)
         sampler = state["sampler"]
         self.step, self.order, self.next_order = sampler["step"], sampler["order"], sampler["next_order"]
         self.loader.partners = sampler["partners"]
-        self._make_teacher()
-        if self.teacher is not None and "teacher" in state:
-            self.teacher.load_state_dict(state["teacher"])
         own = state.get(f"rank{self.world.rank}") if f"rank{self.world.size}" not in state else None
         if own is not None:
             torch.set_rng_state(own["rng"])
@@ -383,14 +347,8 @@ class Trainer:
         images = images or self.images
         with untouched(self.evaluated), self.hooks.interruptible():
             block = self.world.block(len(images))
-            found, index = collect(
-                self.evaluated.features,
-                images,
-                self.transforms["clean"],
-                block,
-                batch_size=512,
-                device=self.device,
-            )
+            clean, network = self.transforms["clean"], self.evaluated
+            found, index = collect(network.features, images, clean, block, batch_size=512, device=self.device)
         features, _ = gather_rows(found, self.world.group)
         indices, _ = gather_rows(index.to(self.device), self.world.group)
         return features.cpu(), indices.cpu()

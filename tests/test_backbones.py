@@ -40,7 +40,9 @@ def test_timm_models_by_name_and_weights_from_a_local_file(tmp_path):
     import timm
 
     whole = timm.create_model("resnet10t", pretrained=False)
-    save_file({name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "weights.safetensors"
+    )
     loaded = timm_backbone(3, name="resnet10t", weights=str(tmp_path / "weights.safetensors"))
     assert loaded.preprocess is not None and len(loaded.preprocess.mean) == 3 and loaded.preprocess.size
     for name, value in loaded.body.state_dict().items():
@@ -51,7 +53,7 @@ def test_timm_models_by_name_and_weights_from_a_local_file(tmp_path):
 
 
 def test_what_timm_does_not_know_is_named_with_what_is_near(tmp_path):
-    with pytest.raises(UserError, match="resnet10x.*nearest.*resnet10t"):
+    with pytest.raises(UserError, match=r"resnet10x.*nearest.*resnet10t"):
         timm_backbone(3, name="resnet10x")
     with pytest.raises(UserError, match=r"backbone\.weights=.*missing"):
         timm_backbone(3, name="resnet10t", weights=str(tmp_path / "missing.safetensors"))
@@ -78,5 +80,5 @@ def test_freezing_by_part():
     frozen = {name.split(".")[0] for name, value in net.body.named_parameters() if not value.requires_grad}
     assert frozen == {"conv1", "layer1"}
     assert not any(value.requires_grad for value in cifar_resnet(3, freeze=[""]).parameters())
-    with pytest.raises(UserError, match="layer9.*layer4"):
+    with pytest.raises(UserError, match=r"layer9.*layer4"):
         cifar_resnet(3, freeze=["layer9"])

@@ -30,7 +30,9 @@ def test_warm_up_and_cosine_are_torchs():
 def test_groups_have_their_own_rates_and_norms_no_decay():
     backbone, head = toy_backbone(norm=True), Plain()
     optimizer = build_optimizer(backbone, head, OptimSettings(lr=0.1, head_lr=1.0, weight_decay=0.01))
-    found = {id(p): (group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    found = {
+        id(p): (group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
     assert found[id(backbone.body[0].weight)] == (0.1, 0.01)
     assert found[id(backbone.body[1].weight)] == (0.1, 0.0)
     assert found[id(head.layer.weight)] == (1.0, 0.01)

@@ -88,7 +88,7 @@ def test_the_gradient_of_several_ranks_is_that_of_one(size):
     together = run_ranks(steps, size)
     assert sorted(row for result in together for row in result["scan, 1"]["bank rows"].tolist()) == list(range(21))
     for case, expected in alone.items():
-        assert max(float(value.abs().max()) for key, value in expected.items() if "weight" in key) > 1e-4, case
+        assert max(float(value.detach().abs().max()) for key, value in expected.items() if "weight" in key) > 1e-4, case
         for result in together:
             for key, value in expected.items():
                 if key != "bank rows":
@@ -182,7 +182,7 @@ class Torchrun:
         return [int(child) for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
 
     def end(self) -> tuple[int, str]:
-        _, said = self.process.communicate(timeout=120)
+        _, said = self.process.communicate(timeout=900)
         return self.process.returncode, said
 
 
@@ -193,7 +193,7 @@ def alive(process: int) -> bool:
         return False
 
 
-LONGER = "stages.pretext.trainer.epochs=200"
+LONGER = "stages.pretext.trainer.epochs=60"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from deepclust.errors import UserError
 from deepclust.heads import BankSpec, Refresh, View
 from deepclust.settings import OptimSettings, TrainerSettings
 from deepclust.trainer import Hooks, Stopped, Trainer
-from tests.toys import TOYS, CrossHeads, Plain, Relabelling, toy_backbone, toy_images, toy_transforms
+from tests.toys import TOYS, CrossHeads, Pairwise, Plain, Relabelling, toy_backbone, toy_images, toy_transforms
 
 IMAGES = toy_images()
 TRANSFORMS = toy_transforms(IMAGES)
@@ -80,8 +80,8 @@ def test_micro_batches_give_the_gradient_of_the_macro_batch():
 def test_step_per_micro_takes_a_step_on_each_micro_batch():
     steps = []
     trainer = make(Plain(), micro_batches=4, optim=OptimSettings(step_per="micro"))
-    original = trainer.optimizer.step
-    trainer.optimizer.step = lambda *args, **kwargs: (steps.append(1), original(*args, **kwargs))[1]
+    original = trainer.stepper.optimizer.step
+    trainer.stepper.optimizer.step = lambda *args, **kwargs: (steps.append(1), original(*args, **kwargs))[1]
     trainer.fit()
     assert len(steps) == 4 * trainer.num_steps
 
@@ -104,7 +104,7 @@ def test_targets_come_from_the_teacher_and_see_no_gradient():
     trainer._prepare()
     batch = next(trainer._open_pass())
     trainer.train_step(batch, trainer.progress())
-    trainer.teacher.backbone.body[4].bias.data.add_(100.0)
+    trainer.stepper.teacher.backbone.body[4].bias.data.add_(100.0)
     trainer.train_step(batch, trainer.progress())
     assert [numbers for numbers, _, _ in seen] == [[1], [1]]
     assert not any(grad for _, grad, _ in seen)
@@ -122,7 +122,7 @@ def test_teacher_is_the_moving_average_of_the_student():
         decay = min(0.9, (1 + step) / (10 + step))
         for name, value in trainer.network.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * value.detach()
-    for name, value in trainer.teacher.named_parameters():
+    for name, value in trainer.stepper.teacher.named_parameters():
         torch.testing.assert_close(value, expected[name])
 
 
@@ -146,8 +146,8 @@ def test_order_partners_and_reset_reach_the_right_places():
     for source in sources:
         assert torch.equal(source[1], (source[0] - 1) % 60)
     weight = trainer.head.get_parameter("layer.weight")
-    assert int(trainer.optimizer.state[weight]["step"]) == 4 < trainer.num_steps
-    assert int(trainer.optimizer.state[trainer.network.backbone.body[0].weight]["step"]) == trainer.num_steps
+    assert int(trainer.stepper.optimizer.state[weight]["step"]) == 4 < trainer.num_steps
+    assert int(trainer.stepper.optimizer.state[trainer.network.backbone.body[0].weight]["step"]) == trainer.num_steps
 
 
 def test_a_stop_inside_a_refresh_leaves_the_state_before_it():
@@ -224,7 +224,7 @@ def test_every_part_of_the_state_is_needed(part):
     whole.fit()
     torch.manual_seed(99)
     resumed = make(Relabelling(), norm=True, ema=0.9)
-    resumed._make_teacher()
+    resumed.stepper.start_teacher()
     state = saved[0]
     own = resumed.state_dict()
     state[part] = {**own[part], "step": 3} if part == "sampler" else own[part]
@@ -315,3 +315,21 @@ def test_an_image_that_goes_bad_leaves_its_batch_smaller():
     trainer.fit()
     assert failures == [(5, "gone bad")]
     assert trainer.step == trainer.num_steps
+
+
+def test_the_references_moving_average_slows_the_student_and_pins_batch_statistics():
+    """SCAN's code loads the average back after each step: a step of (1 - ema) of the size, BatchNorm as at the start."""
+    moves = []
+    for mode, ema in (("teacher", None), ("reference", 0.9)):
+        torch.manual_seed(1)
+        optim = OptimSettings(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
+        trainer = make(Pairwise(), norm=True, ema=ema, ema_mode=mode, optim=optim)
+        trainer._prepare()
+        start = copy.deepcopy(trainer.network.state_dict())
+        trainer.train_step(next(trainer._open_pass()), trainer.progress())
+        moves.append({name: value - start[name] for name, value in trainer.network.state_dict().items()})
+    for name, value in moves[0].items():
+        if "running" in name:
+            assert value.abs().sum() > 0 and moves[1][name].abs().sum() == 0
+        elif value.is_floating_point() and value.ndim > 1:
+            torch.testing.assert_close(moves[1][name], 0.1 * value, atol=1e-7, rtol=1e-3)

@@ -68,7 +68,7 @@ def _finite(features: Tensor, images: ImageSet, index: Tensor) -> Tensor:
     bad = (~features.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
     if bad:
         raise UserError(
-            f"the features of {len(bad)} of {len(features)} images are not finite, {images.paths[int(index[bad[0]])]} the "
-            "first: the training has diverged. Try a lower optim.lr, trainer.precision=float32 or trainer.clip_norm=1"
+            f"the features of {len(bad)} of {len(features)} images are not finite, {images.paths[int(index[bad[0]])]} "
+            "the first: the training has diverged. Try a lower optim.lr, trainer.precision=float32 or a clip_norm"
         )
     return features

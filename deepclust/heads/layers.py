@@ -93,7 +93,7 @@ class ClusterLayer(nn.Module):
                 self._fit(head, features, labels, group)
 
     def _fit(self, head: int, features: Tensor, labels: Tensor, group: Any, steps: int = 100, lr: float = 5e-3) -> None:
-        """Cross entropy on the frozen features, whole bank per step: nearest means give other clusters than spectral."""
+        """Cross entropy on the frozen features, whole bank per step: nearest means are not spectral clusters."""
         with torch.enable_grad():
             parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
             optimizer = torch.optim.Adam(parameters, lr=lr)

@@ -4,8 +4,8 @@ Negatives are the other images of the micro batch of all ranks. `one_sided=True`
 where only the first view's embeddings are anchors; the paper (and the default) takes both.
 
 With `neighbors_from` the second view is, late in training, one of the image's nearest neighbours on the features of
-that time (itself included): positives that augmentation cannot make, in the manner of NNCLR (Dwibedi et al. 2021), but mined
-over all images once a pass rather than from a queue.
+that time (itself included): positives that augmentation cannot make, in the manner of NNCLR (Dwibedi et al. 2021), but
+mined over all images once a pass rather than from a queue.
 """
 
 from __future__ import annotations

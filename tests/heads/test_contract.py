@@ -124,11 +124,11 @@ def test_buffers_for_training_alone_do_not_reach_the_teacher(name):
     head = make(name)
     trainer = trainer_of(head, ema=0.9, epochs=1)
     trainer._prepare()
-    assert trainer.teacher is not None
-    before = {buffer: trainer.teacher.head.get_buffer(buffer).clone() for buffer in head.training_buffers}
+    assert trainer.stepper.teacher is not None
+    before = {buffer: trainer.stepper.teacher.head.get_buffer(buffer).clone() for buffer in head.training_buffers}
     trainer.fit()
     for buffer, value in before.items():
-        assert torch.equal(trainer.teacher.head.get_buffer(buffer), value)
+        assert torch.equal(trainer.stepper.teacher.head.get_buffer(buffer), value)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -1,0 +1,110 @@
+"""What moves weights: gradients summed over ranks, the optimiser's step, the teacher that follows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepclust.distributed import World, sum_gradients
+from deepclust.heads.base import Progress
+from deepclust.model import Network
+from deepclust.optim import build_optimizer, forget, learning_rate_factor, set_learning_rate
+from deepclust.precision import autocast_dtype
+from deepclust.settings import OptimSettings, TrainerSettings
+
+
+class Stepper:
+    """Optimiser, loss scaling, schedule and EMA teacher of one stage.
+
+    `network` is the student. The teacher, None without `trainer.ema`, begins as the student's copy.
+    """
+
+    def __init__(self, network: Network, optim: OptimSettings, settings: TrainerSettings, world: World) -> None:
+        self.network, self.optim, self.settings, self.world = network, optim, settings, world
+        self.optimizer = build_optimizer(network.backbone, network.head, optim)
+        self.dtype = autocast_dtype(settings.precision, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
+        self.teacher: Network | None = None
+
+    def start_teacher(self) -> None:
+        """The teacher begins as the student."""
+        if self.settings.ema is not None:
+            self.teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
+
+    @property
+    def target_maker(self) -> Network | None:
+        """The network that makes targets, None where that is the student itself (as in SCAN's code)."""
+        return None if self.settings.ema_mode == "reference" else self.teacher
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a loss's gradients. A loss without gradient (nothing was confident) adds none."""
+        if loss.requires_grad:
+            self.scaler.scale(loss).backward()
+
+    def step(self, progress: Progress) -> None:
+        """One optimiser step, then the teacher's."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sum_gradients(parameters, self.world.group)
+        self.scaler.unscale_(self.optimizer)
+        for name in self.network.head.frozen(progress):
+            self.network.head.get_parameter(name).grad = None
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        warmup = self.optim.warmup_steps or round(self.optim.warmup_epochs * progress.num_steps / progress.num_epochs)
+        set_learning_rate(self.optimizer, learning_rate_factor(progress.step, progress.num_steps, warmup, self.optim))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.network.average_batch_statistics(self.world.group)
+        self._move_teacher(progress)
+
+    def _move_teacher(self, progress: Progress) -> None:
+        """`teacher`: the usual mean teacher, following faster in its first steps. `reference`: as SCAN's code has it.
+
+        There the averaged parameters are loaded back into the student after each step, and its buffers stay what they
+        were at the start: in effect a learning rate of (1 - ema) times the nominal one, and frozen batch statistics.
+        """
+        if self.teacher is None or self.settings.ema is None:
+            return
+        if self.settings.ema_mode == "reference":
+            self.teacher.follow(self.network, self.settings.ema, buffers=False)
+            self.network.follow(self.teacher, 0.0)
+        else:
+            self.teacher.follow(self.network, min(self.settings.ema, (1 + progress.step) / (10 + progress.step)))
+
+    def redrawn(self, names: Iterable[str]) -> None:
+        """Parameters of the head that were drawn anew: their optimiser state goes, the teacher takes their values."""
+        for name in names:
+            parameter = self.network.head.get_parameter(name)
+            forget(self.optimizer, [parameter])
+            if self.teacher is not None:
+                self.teacher.head.get_parameter(name).data.copy_(parameter)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, as the last step used it."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parts `backbone`, `head`, `optimizer`, `scaler` and, where there is one, `teacher`."""
+        state: dict[str, Any] = {
+            "backbone": self.network.backbone.state_dict(),
+            "head": self.network.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        return state if self.teacher is None else {**state, "teacher": self.teacher.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the parts of `state_dict` back."""
+        self.network.backbone.load_state_dict(state["backbone"])
+        self.network.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.start_teacher()
+        if self.teacher is not None and "teacher" in state:
+            self.teacher.load_state_dict(state["teacher"])
