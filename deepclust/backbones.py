@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,7 @@ def timm_backbone(
     import difflib
 
     import timm
+    from timm.data.config import resolve_model_data_config
 
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models():
         near = difflib.get_close_matches(name, timm.list_models(), 3)
@@ -128,13 +129,15 @@ def timm_backbone(
         source = f"backbone.weights={weights}" if weights else f"the weights of backbone.name={name}"
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{source} could not be loaded ({line}); give a local file as backbone.weights=PATH") from error
-    config = timm.data.resolve_model_data_config(net)
+    config = resolve_model_data_config(net)
     own = pretrained or weights is not None
     mean, std = (tuple(config[key]) for key in ("mean", "std"))
     if in_channels == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     size = image_size or (config["input_size"][-1] if own else None)
-    return _frozen(Backbone(net, net.num_features, Preprocess(size, mean, std) if own or size else None), freeze)
+    preprocess = Preprocess(size, mean, std) if own or size else None
+    num_features: Any = net.num_features
+    return _frozen(Backbone(net, num_features, preprocess), freeze)
 
 
 def _frozen(backbone: Backbone, prefixes: list[str] | None) -> Backbone:

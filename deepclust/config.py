@@ -355,6 +355,14 @@ def _check_given_is_used(composed: Composed, problems: list[str]) -> None:
         if section in ("optim", "trainer") and all(name in ((own or {}).get(section) or {}) for own in stages.values()):
             places = ", ".join(f"stages.{stage}.{key}" for stage in stages)
             problems.append(f"{key}: would do nothing, since each stage sets its own; give {places}")
+    for name in stages:
+        path, merged = f"stages.{name}.trainer", _stage_sections(composed.tree, name)["trainer"] or {}
+        budget = merged.get("num_images")
+        if f"{path}.epochs" in composed.given and budget is not None:
+            problems.append(
+                f"{path}.epochs={show(merged['epochs'])}: would do nothing, since num_images={show(budget)} decides; "
+                f"give {path}.num_images, or add {path}.num_images=null"
+            )
 
 
 def _check_relations(stages: Mapping[str, Stage], problems: list[str]) -> None:

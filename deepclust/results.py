@@ -171,7 +171,7 @@ def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         if "test" in scores:
             rows.append([f"{name}, held-out images", *_percent(scores["test"], labelled), None, None, None])
     for name, scores in summary["baselines"].items():
-        label = BASELINE_WORDS.get(name, name)
+        label = BASELINE_WORDS.get(name, str(name))
         if scores["samples"] < summary["num_images"]:
             label += f" ({scores['samples']} images)"
         label += f": failed, {scores['failed']}" if "failed" in scores else ""

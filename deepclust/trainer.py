@@ -225,10 +225,8 @@ class Trainer:
             return Bank(empty, torch.empty(0, dtype=torch.int64, device=self.device), len(self.images), group)
         rows: Any = self.world.block(len(self.images))
         if spec.num_samples is not None and spec.num_samples < len(self.images):
-            order = Plan.draw(len(self.images), 1, self.seed, self.stage, -1 - self.step, None).order[
-                : spec.num_samples
-            ]
             block = self.world.block(spec.num_samples)
+            order = Plan.draw(len(self.images), 1, self.seed, self.stage, -1 - self.step, None).order
             rows = order[block.start : block.stop].tolist()
 
         def forward(view: Tensor) -> Tensor:
@@ -236,15 +234,9 @@ class Trainer:
             return output.z if spec.of == "z" or output.embedding is None else output.embedding
 
         with untouched(source, spec.mode):
-            features, index = collect(
-                forward,
-                self.images,
-                self.transforms[spec.view],
-                rows,
-                batch_size=512,
-                device=self.device,
-                seed=self.seed,
-            )
+            view = self.transforms[spec.view]
+            where = {"batch_size": 512, "device": self.device, "seed": self.seed}
+            features, index = collect(forward, self.images, view, rows, **where)
         return Bank(features, index.to(self.device), len(self.images), group)
 
     def _choose_sub_head(self) -> None:

@@ -380,3 +380,10 @@ def _yaml(file: Path) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def test_epochs_that_a_budget_in_images_would_hide_are_refused():
+    key = "stages.pretext.trainer"
+    with pytest.raises(ConfigError, match=rf"{key}.epochs=3: would do nothing.*{key}.num_images=null"):
+        load([f"{key}.epochs=3"])
+    assert load([f"{key}.epochs=3", f"{key}.num_images=null"]).stages["pretext"].trainer.epochs == 3

@@ -318,7 +318,7 @@ def test_an_image_that_goes_bad_leaves_its_batch_smaller():
 
 
 def test_the_references_moving_average_slows_the_student_and_pins_batch_statistics():
-    """SCAN's code loads the average back after each step: a step of (1 - ema) of the size, BatchNorm as at the start."""
+    """SCAN's code loads the average back after each step: steps (1 - ema) of the size, BatchNorm as at the start."""
     moves = []
     for mode, ema in (("teacher", None), ("reference", 0.9)):
         torch.manual_seed(1)
