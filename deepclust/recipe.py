@@ -368,7 +368,7 @@ def _num_clusters(config: RunConfig, data: ImageData) -> int:
         raise UserError(f"num_clusters is needed: {data.name} has no labels to count. Say num_clusters=10, for example")
     if num > len(data.train):
         most = len(data.train)
-        raise UserError(f"num_clusters={num} is more than {data.name} has images; at most {most} are possible")
+        raise UserError(f"num_clusters={num} is more than the {most} images of {data.name}; at most {most} are possible")
     return num
 
 
