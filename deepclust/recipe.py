@@ -88,7 +88,7 @@ def train(config: RunConfig, data: ImageData | None = None) -> int:
     try:
         data = data or build(config.data, trust=config.trust)
         assert data is not None
-        num_clusters = _num_clusters(config, data)
+        num_clusters = resume.number_of_clusters(config, data)
         with RunFolder.open(config.folder(), new=config.run.new or config.resume == "never", rank=world.rank) as folder:
             fingerprint = data.train.fingerprint()
             if resume.nothing_to_do(config, folder, world, fingerprint):
@@ -360,16 +360,6 @@ def _spec(run: Run, kept: StageResult) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------- before a run
-
-
-def _num_clusters(config: RunConfig, data: ImageData) -> int:
-    num = config.num_clusters or data.num_classes
-    if num is None:
-        raise UserError(f"num_clusters is needed: {data.name} has no labels to count. Say num_clusters=10, for example")
-    if num > len(data.train):
-        most = len(data.train)
-        raise UserError(f"num_clusters={num} is more than the {most} images of {data.name}; at most {most} are possible")
-    return num
 
 
 def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) -> None:

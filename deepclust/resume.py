@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deepclust import checkpoint, results
 from deepclust.config import RunConfig, differences
+from deepclust.data.image_set import ImageData
 from deepclust.distributed import World
 from deepclust.errors import UserError
 from deepclust.loggers import Loggers
@@ -117,3 +118,14 @@ def stage_end(folder: RunFolder, number: int, name: str) -> checkpoint.Checkpoin
         f"The last checkpoint of the stage {name} is needed: {faults[-1]}\n"
         "Bring it back from a copy, or start over with run.new=true"
     )
+
+
+def number_of_clusters(config: RunConfig, data: ImageData) -> int:
+    """As configured, else the number of classes. Raises UserError where neither says, or there are too few images."""
+    num = config.num_clusters or data.num_classes
+    if num is None:
+        raise UserError(f"num_clusters is needed: {data.name} has no labels to count. Say num_clusters=10, for example")
+    if num > len(data.train):
+        most = f"the {len(data.train)} images of {data.name}"
+        raise UserError(f"num_clusters={num} is more than {most}; give at most as many")
+    return num
