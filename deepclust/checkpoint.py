@@ -176,16 +176,6 @@ def rotate(root: Path, keep: int) -> list[Path]:
     return removed
 
 
-def drop_newer(root: Path, than: Path | None) -> list[Path]:
-    """Removes the checkpoints that come after `than` (None: all of them), when a run goes on from an older one."""
-    paths = listing(root)
-    if than is not None:
-        paths = paths[[path.resolve() for path in paths].index(Path(than).resolve()) + 1 :]
-    for path in reversed(paths):
-        _remove(root, path)
-    return paths
-
-
 def digest(path: Path | str) -> dict[str, str]:
     """Part → SHA-256 of its content (see `digest_state`); independent of file details. Raises CheckpointError."""
     return digest_state(load(path).state)

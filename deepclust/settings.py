@@ -118,7 +118,6 @@ class EvalSettings:
     baseline_samples: Count = 5000
     graph_neighbors: Count = 10
     probes: bool = True
-    batch_size: Count = 512
     gallery_images: Count = 24
 
 

@@ -235,8 +235,7 @@ class Trainer:
 
         with untouched(source, spec.mode):
             view = self.transforms[spec.view]
-            where = {"batch_size": 512, "device": self.device, "seed": self.seed}
-            features, index = collect(forward, self.images, view, rows, **where)
+            features, index = collect(forward, self.images, view, rows, device=self.device, seed=self.seed)
         return Bank(features, index.to(self.device), len(self.images), group)
 
     def _choose_sub_head(self) -> None:
@@ -340,7 +339,7 @@ class Trainer:
         with untouched(self.evaluated), self.hooks.interruptible():
             block = self.world.block(len(images))
             clean, network = self.transforms["clean"], self.evaluated
-            found, index = collect(network.features, images, clean, block, batch_size=512, device=self.device)
+            found, index = collect(network.features, images, clean, block, device=self.device)
         features, _ = gather_rows(found, self.world.group)
         indices, _ = gather_rows(index.to(self.device), self.world.group)
         return features.cpu(), indices.cpu()

@@ -253,14 +253,6 @@ def test_rotation_counts_only_what_is_whole(tmp_path: Path) -> None:
     assert checkpoint.listing(tmp_path) == [again]
 
 
-def test_going_on_from_an_older_one_drops_the_newer(tmp_path: Path) -> None:
-    paths = [save(tmp_path, 10), save(tmp_path, 20), save(tmp_path, 5, stage="01-scan")]
-    assert checkpoint.drop_newer(tmp_path, paths[0]) == paths[1:]
-    assert checkpoint.listing(tmp_path) == paths[:1]
-    checkpoint.drop_newer(tmp_path, None)
-    assert checkpoint.listing(tmp_path) == []
-
-
 class Killer:
     """Ends the process, as SIGKILL would, at the n-th open, write, fsync, rename or removal; a write is torn."""
 

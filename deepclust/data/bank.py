@@ -42,7 +42,7 @@ def collect(
     transform: ViewTransform,
     rows: Sequence[int],
     *,
-    batch_size: int,
+    batch_size: int = 512,
     device: torch.device | str,
     seed: int = 0,
     poll: Callable[[], None] = lambda: None,
