@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.heads.base import Bank
+from deepclust.heads.base import Bank, Progress
 from deepclust.heads.scan import SCAN, scan_loss
 from deepclust.heads.selflabel import confident_targets
-from deepclust.heads.simclr import nt_xent
+from deepclust.heads.simclr import SimCLR, nt_xent
 
 
 def nt_xent_by_hand(first, second, temperature, one_sided=False):
@@ -149,3 +149,31 @@ def test_kmeans_initialisation_is_the_kmeans_clustering():
         found = head.predict(features).argmax(1)
         pairs = {(int(a), int(b)) for a, b in zip(found, truth)}
         assert len(pairs) == 4, kind
+
+
+def test_neighbours_may_be_mined_on_the_pretexts_embedding():
+    """Features say one thing, the projector keeps another: the switch decides which neighbours are found."""
+    torch.manual_seed(0)
+    left_right, up_down = torch.arange(40) % 2 * 2.0 - 1, torch.arange(40) // 20 * 2.0 - 1
+    features = torch.stack([10 * left_right, up_down], dim=1) + 0.01 * torch.randn(40, 2)
+    pretext = SimCLR(2, hidden_dim=2, embedding_dim=2, batch_norm=False)
+    pretext.projector = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        pretext.projector.weight.copy_(torch.tensor([[0.0, 1.0], [0.0, 0.001]]))
+    for mine_on, group in (("z", left_right), ("embedding", up_down)):
+        head = SCAN(2, 2, 40, num_neighbors=5, mine_on=mine_on)
+        head.init_from(pretext)
+        with torch.no_grad():
+            partners = head.refresh(Bank(features, torch.arange(40), 40)).partners
+        assert (group[partners] == group[:, None]).all(), mine_on
+
+
+def test_a_pretext_asks_for_neighbours_late_and_once_a_pass():
+    head = SimCLR(4, neighbors_from=0.5, num_neighbors=3)
+    due = [step for step in range(20) if head.bank_due(Progress(step, 20, step // 5, 4, 0, 0)) is not None]
+    assert due == [10, 15]
+    assert SimCLR(4).bank_due(Progress(10, 20, 2, 4, 0, 0)) is None
+    partners = head.refresh(Bank(torch.randn(12, 4), torch.arange(1, 13), 13)).partners
+    assert partners.shape == (13, 4) and torch.equal(partners[:, 0], torch.arange(13)), "itself comes first"
+    assert (partners[0] == 0).all(), "an image that could not be read is its own neighbour"
+    assert all(len(set(row.tolist())) == 4 for row in partners[1:])
