@@ -58,7 +58,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         words = [word for word in message.split() if word.startswith("-")]
         known = [name for action in self._actions for name in action.option_strings]
-        found = near(words[0].partition("=")[0], known) if words else None
+        word = words[0].partition("=")[0].rstrip(":") if words else ""
+        found = near(word, known) if word and word not in known else None
         raise UserError(f"{message}{f'; did you mean {found}?' if found else f'; see {self.prog} --help'}")
 
 
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _command(name)(rest)
     except UserError as error:
         return _say(str(error), BAD_INPUT)
+    except ModuleNotFoundError as error:
+        advice = 'pip install -e ".[dev]" in a clone of the repository installs what is needed'
+        return _say(f"{error}; {advice}", FAILED)
     except KeyboardInterrupt:
         return _say("stopped with Ctrl-C", INTERRUPTED)
     except BrokenPipeError:
@@ -210,17 +214,17 @@ def list_options(words: list[str]) -> int:
     from deepclust.compose import groups
     from deepclust.config import options
 
-    parser = _Parser("deepclust list", add_help=False)
-    parser.add_argument("group", nargs="?")
-    parser.add_argument("--config-dir", type=Path, action="append", default=[])
+    parser = _Parser("deepclust list", description="What a group offers.")
+    parser.add_argument("group", nargs="?", help="recipe, head, data, backbone, augment, ...; none lists the groups")
+    parser.add_argument("--config-dir", type=Path, action="append", default=[], help="a folder with more groups")
     asked = parser.parse_args(words)
     names = groups(asked.config_dir)
+    every = f"groups are {', '.join(names)}"
     if asked.group is None:
-        raise UserError(f"deepclust list GROUP; groups are {', '.join(names)}")
+        raise UserError(f"deepclust list GROUP; {every}")
     if asked.group not in names:
-        raise UserError(
-            f"{asked.group}: there is no such group; did you mean {near(asked.group, names) or ', '.join(names)}?"
-        )
+        found = near(asked.group, names)
+        raise UserError(f"{asked.group}: there is no such group; {f'did you mean {found}?' if found else every}")
     for name, description in options(asked.group, asked.config_dir):
         print(f"{name:<20} {description}".rstrip())
     return OK
@@ -228,14 +232,18 @@ def list_options(words: list[str]) -> int:
 
 def checkpoint(words: list[str]) -> int:
     """`checkpoint verify|digest PATH`"""
-    parser = _Parser("deepclust checkpoint", add_help=False)
+    parser = _Parser("deepclust checkpoint", description="Whether a checkpoint is whole; SHA-256 of its parts.")
     parser.add_argument("verb", choices=("verify", "digest"))
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=Path, help="as in outputs/NAME/checkpoints/00-pretext/step-00000712")
     asked = parser.parse_args(words)
     if not asked.path.exists():
         raise UserError(f"{asked.path}: there is no such checkpoint")
     from deepclust import checkpoint as checkpoints
 
+    inside = checkpoints.listing(asked.path / "checkpoints") or checkpoints.listing(asked.path)
+    if inside or not asked.path.is_dir():
+        advice = f"its newest one is {inside[-1]}" if inside else "that is a folder"
+        raise UserError(f"{asked.path} is not a checkpoint; {advice}")
     if asked.verb == "digest":
         for part, digest in checkpoints.digest(asked.path).items():
             print(f"{digest}  {part}")
@@ -247,11 +255,11 @@ def checkpoint(words: list[str]) -> int:
 
 def predict(words: list[str]) -> int:
     """`predict RUN IMAGES [-o clusters.csv]`"""
-    parser = _Parser("deepclust predict", add_help=False)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("-o", "--out", type=Path, default=Path("clusters.csv"))
-    parser.add_argument("--trust", action="append", default=[])
+    parser = _Parser("deepclust predict", description="Clusters of new images with the model of a run, as a CSV file.")
+    parser.add_argument("run", type=Path, help="a run folder, or its model.safetensors")
+    parser.add_argument("images", type=Path, help="a folder of images, or one image")
+    parser.add_argument("-o", "--out", type=Path, default=Path("clusters.csv"), help="the file to write")
+    parser.add_argument("--trust", action="append", default=[], help="a module of your own that the model needs")
     asked = parser.parse_args(words)
     for path in (asked.run, asked.images):
         if not path.exists():
@@ -264,8 +272,9 @@ def predict(words: list[str]) -> int:
 
 def doctor(words: list[str]) -> int:
     """`doctor`: what this machine has, and whether a run could work here."""
-    if words:
-        raise UserError(f"deepclust doctor takes no arguments, got {' '.join(words)}")
+    _Parser("deepclust doctor", description="What this machine has, and whether a run could work here.").parse_args(
+        words
+    )
     from deepclust.doctor import findings
 
     faults = 0

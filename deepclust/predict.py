@@ -72,5 +72,5 @@ def _read(clusterer: Clusterer, paths: Sequence[Path]) -> tuple[list[Tensor], li
             pixels.append(clusterer.read(path))
             reasons.append(None)
         except UnreadableImage as error:
-            reasons.append(str(error))
+            reasons.append(error.reason)
     return pixels, reasons

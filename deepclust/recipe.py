@@ -130,7 +130,9 @@ def _stages(run: Run, found: checkpoint.Checkpoint | None) -> str:
         _finish(run)
     except (Stopped, StopRequested):
         run.folder.status("preempted", name, reason=run.stop.reason)
-        run.tell("Stopped. What was done is saved: the same command goes on from there.", "warning")
+        anew = "run.new=true" if run.config.run.new else "resume=never" if run.config.resume == "never" else ""
+        command = f"the same command without {anew}" if anew else "the same command"
+        run.tell(f"Stopped. What was done is saved: {command} goes on from there.", "warning")
         return "preempted"
     run.folder.status("finished")
     return "finished"
@@ -375,9 +377,11 @@ def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) 
     for line in notes:
         run.tell(line, "warning")
     if images.skipped:
-        first = "; ".join(f"{skipped.path}: {skipped.reason}" for skipped in images.skipped[:5])
-        more = f"; and {len(images.skipped) - 5} more, see clusters.csv" if len(images.skipped) > 5 else ""
-        run.tell(f"{len(images.skipped)} unreadable image(s) left out: {first}{more}", "warning")
+        first = "".join(f"\n  {skipped.path}: {skipped.reason}" for skipped in images.skipped[:5])
+        more = f"\n  and {len(images.skipped) - 5} more, see clusters.csv" if len(images.skipped) > 5 else ""
+        run.tell(f"{len(images.skipped)} unreadable image(s) left out:{first}{more}", "warning")
+    if images.num_ignored:
+        run.tell(f"{images.num_ignored} file(s) of other kinds left out.")
     if found is not None:
         run.tell(f"Going on from step {found.meta['step']} of the stage {found.meta['stage']}.")
         if found.meta["ranks"] != run.world.size:

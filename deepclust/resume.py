@@ -18,10 +18,12 @@ from deepclust.run_folder import RunFolder
 def nothing_to_do(config: RunConfig, folder: RunFolder, world: World, fingerprint: str) -> bool:
     """Shows a finished run's table again, and changes nothing. Rank 0 decides.
 
-    fingerprint: of the images. Raises UserError for a folder of another configuration, or of other images.
+    fingerprint: of the images. Raises UserError for a folder of another configuration, or of other images; a run that
+    failed before it saved anything is nothing to protect.
     """
     finished, fault = False, ""
-    if world.is_main and folder.previous_config is not None and folder.previous_status is not None:
+    worth_keeping = folder.finished or bool(checkpoint.listing(folder.checkpoints))
+    if world.is_main and worth_keeping and folder.previous_config is not None and folder.previous_status is not None:
         changed = differences(folder.previous_config, config)
         fault = _other_settings(folder, changed) if changed else _other_images(folder, fingerprint)
         finished = folder.finished and not fault

@@ -245,7 +245,15 @@ def test_predict_says_what_it_could_not_read(finished, photos, tmp_path, capsys)
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [os.path.basename(row["path"]) for row in rows if row["cluster"] == ""] == ["3.png"]
-    assert "3.png" in next(row["error"] for row in rows if row["cluster"] == "")
+    assert "not an image" in next(row["error"] for row in rows if row["cluster"] == "")
+
+
+def test_checkpoint_commands_name_the_checkpoint_that_may_have_been_meant(finished, said):
+    for path in (finished, finished / "checkpoints"):
+        assert main(["checkpoint", "verify", str(path)]) == 2
+        assert "its newest one is" in said()
+    assert main(["checkpoint", "digest", str(finished / "model.safetensors")]) == 2
+    assert "is not a checkpoint" in said()
 
 
 def damaged(path, kind):

@@ -141,18 +141,33 @@ def test_sweeps_run_in_folders_of_their_own_and_stop_at_a_fault(trained, capsys,
         (["trian"], "did you mean train?"),
         (["seed=1"], "deepclust train seed=1"),
         (["train", "--confg"], "did you mean --cfg?"),
-        (["train", "--config-dir"], "expected one argument"),
+        (["train", "--config-dir"], "expected one argument; see train.py --help"),
         (["list"], "groups are"),
         (["list", "haed"], "did you mean head?"),
+        (["list", "zebra"], "no such group; groups are augment"),
         (["checkpoint", "verfy", "x"], "verify"),
         (["checkpoint", "verify", "nowhere"], "there is no such checkpoint"),
         (["predict", "nowhere", "nothing"], "nowhere: there is no such file or folder"),
-        (["doctor", "x"], "takes no arguments"),
+        (["doctor", "x"], "unrecognized arguments: x"),
     ],
 )
 def test_wrong_words_are_answered(words, part, capsys):
     assert main(words) == BAD_INPUT
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict", "list", "checkpoint", "doctor"])
+def test_each_command_says_what_it_takes(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: deepclust {command}" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    assert main(["train"]) == FAILED
+    said = capsys.readouterr().err
+    assert "hydra" in said and "pip install" in said and "Traceback" not in said
 
 
 def test_list_shows_further_groups_too(tmp_path, capsys):

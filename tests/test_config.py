@@ -80,6 +80,12 @@ def test_all_options_of_the_small_groups_compose():
     load(["data=cifar10", "augment=cifar", "backbone=cifar_resnet18", "head=scan"])
 
 
+def test_the_recipe_for_photos_brings_the_views_for_photos():
+    assert load(["recipe=scan_photo"]).choices["augment"] == "photo"
+    assert load(["data=cifar10", "recipe=scan_photo"]).choices["augment"] == "cifar"
+    assert load(["recipe=scan_photo", "augment=small_gray"]).choices["augment"] == "small_gray"
+
+
 def test_a_head_by_itself_is_the_recipe_single():
     chosen = load(["head=simclr", "head.temperature=0.5", "stages.main.optim.lr=1e-2", "num_clusters=4"])
     assert chosen.name() == "single-simclr-digits-k4-0"

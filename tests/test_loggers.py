@@ -285,6 +285,15 @@ def test_on_a_terminal_a_bar_that_is_taken_down() -> None:
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is back"
 
 
+def test_a_terminal_breaks_messages_between_words_and_never_a_path() -> None:
+    path = "/" + "x" * 60
+    for is_terminal in (False, True):
+        text = io.StringIO()
+        ConsoleLogger(Console(file=text, force_terminal=is_terminal, width=30)).message(f"some words before it {path}")
+        shown = text.getvalue().splitlines()
+        assert len(shown) == (2 if is_terminal else 1) and shown[-1].rstrip().endswith(path)
+
+
 class FakeWandb(types.ModuleType):
     """W&B as far as it is used here; `trouble` names the calls that raise."""
 

@@ -112,6 +112,26 @@ def test_other_settings_are_refused_with_the_difference(copy):
     assert contents(copy) == before
 
 
+def test_a_run_that_failed_before_it_saved_anything_does_not_stand_in_the_way(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="batch_size=1"):
+        small_run(folder, "trainer.batch_size=1")
+    assert status(folder)["state"] == "failed" and small_run(folder) == 0
+
+
+@pytest.mark.parametrize("anew", ["run.new=true", "resume=never"])
+def test_a_stopped_new_start_says_what_to_leave_out(tmp_path, monkeypatch, anew):
+    stop_at(monkeypatch, 3)
+    assert small_run(tmp_path / "run", anew) == 143
+    assert f"the same command without {anew} goes on" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_no_baseline_is_fitted_where_no_label_could_judge_it(tmp_path):
+    assert small_run(tmp_path / "run", "eval.baselines=[kmeans]") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["baselines"] == {} and "A pretext's k-means is not compared" in summary["why"]
+
+
 def test_other_images_are_refused_in_a_finished_and_in_a_stopped_run(copy, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3)
     assert small_run(tmp_path / "stopped") == 143

@@ -72,7 +72,6 @@ class ClusterLayer(nn.Module):
         for head in range(self.num_heads):
             method = methods[head % len(methods)]
             if method == "kmeans":
-                # a fixed backend: the automatic choice is timed, and a resumed run has to find the same bits
                 found = kmeans(
                     features,
                     self.num_clusters,
@@ -81,7 +80,6 @@ class ClusterLayer(nn.Module):
                     num_iters=50,
                     seed=head,
                     group=group,
-                    backend="torch",
                 )
                 self.set_prototypes(head, found.centroids.to(self.weight), scale)
             elif method == "spectral":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,9 +68,15 @@ class ConsoleLogger:
         self._console.print(table)
 
     def message(self, text: str, level: Level = "info") -> None:
-        """Plain text; warnings and errors say what they are."""
-        label = "" if level == "info" else f"{level}: "
-        self._console.print(f"{label}{text}", style=STYLES[level], markup=False, highlight=False, soft_wrap=True)
+        """Plain text; warnings and errors say what they are. A terminal breaks it between words, a file nowhere."""
+        text = text if level == "info" else f"{level}: {text}"
+        if self._console.is_terminal:
+            width = self._console.width
+            lines = (
+                textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+            )
+            text = "\n".join(lines)
+        self._console.print(text, style=STYLES[level], markup=False, highlight=False, soft_wrap=True)
 
     def finish(self, state: str) -> None:
         """Takes the bar down, so that the terminal is as it was."""

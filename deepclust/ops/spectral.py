@@ -34,7 +34,7 @@ def spectral_clusters(
     labels = torch.zeros(len(everyone), dtype=torch.int64, device=features.device)
     if group is None or dist.get_rank(group) == 0:
         embedding = spectral_embedding(everyone, num_clusters + extra_components, num_neighbors=num_neighbors)
-        labels.copy_(kmeans(embedding, num_clusters, num_restarts=20, num_iters=100, seed=seed, backend="torch").labels)
+        labels.copy_(kmeans(embedding, num_clusters, num_restarts=20, num_iters=100, seed=seed).labels)
     if group is not None:
         dist.broadcast(labels, src=dist.get_global_rank(group, 0), group=group)
     return labels[offset : offset + len(features)]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepclust.ops import kmeans
+from deepclust.ops.kmeans import assign
 from deepclust.ops.kmeans.assign import BACKENDS, backend_for, bias_of
 
 
@@ -120,6 +121,22 @@ def test_repeats_by_seed_and_leaves_the_global_generators_alone() -> None:
     assert not torch.equal(first.centroids, kmeans(x, 20, seed=4, num_iters=4).centroids)
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("amd", [False, True])
+def test_nothing_is_timed_unless_asked_for(amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = mixture(900, 20, 40)
+    asked = []
+    monkeypatch.setattr(assign, "_trial", lambda *shape: asked.append(shape) or "numpy")
+    monkeypatch.setattr(assign.Path, "read_text", lambda path: "vendor_id : AuthenticAMD" if amd else "")
+    assign._steady.cache_clear()
+    first, second = (kmeans(x, 40, num_iters=3) for _ in range(2))
+    assert torch.equal(first.centroids, second.centroids)
+    assert not asked
+    timed = kmeans(x, 40, num_iters=3, backend="fastest")
+    assert asked
+    assert timed.inertia == pytest.approx(first.inertia, rel=1e-5)
+    assign._steady.cache_clear()
 
 
 def test_restarts_keep_the_best() -> None:

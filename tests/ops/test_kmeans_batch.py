@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepclust.ops import kmeans
+from deepclust.ops.kmeans import batch
+from deepclust.ops.kmeans.fit import KMeansResult
 from deepclust.ops.kmeans.tree import balanced_sample, hierarchical_kmeans, share_evenly
-from tests.ops.test_kmeans import mixture
+from tests.ops.test_kmeans import assert_nearest, mixture
 
 
 def test_a_batch_equals_its_problems() -> None:
@@ -26,6 +28,76 @@ def test_a_batch_equals_its_problems() -> None:
         assert torch.equal(together.labels[index], alone.labels)
         assert torch.equal(together.counts[index], alone.counts)
         assert float(together.inertia[index]) == pytest.approx(alone.inertia)
+
+
+def alike(together: KMeansResult, alone: KMeansResult, index: tuple[int, ...]) -> None:
+    torch.testing.assert_close(together.centroids[index], alone.centroids, rtol=1e-4, atol=1e-4)
+    assert torch.equal(together.labels[index], alone.labels)
+    assert torch.equal(together.counts[index], alone.counts)
+    assert float(together.inertia[index]) == pytest.approx(alone.inertia, rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random", "k-means||"])
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_draws_as_its_problems_do(init: str, spherical: bool, dtype: torch.dtype) -> None:
+    far = 0 if spherical else 40
+    x = torch.stack([mixture(150, 6, 12, seed=seed, spread=2.0).to(dtype) + far * seed for seed in range(5)])
+    settings = {"init": init, "num_restarts": 2, "tol": 1e-3, "spherical": spherical, "num_iters": 7}
+    together = kmeans(x, 9, **settings)
+    for number in range(5):
+        alike(together, kmeans(x[number], 9, seed=number, **settings), (number,))
+    in_array = kmeans(x.numpy(), 9, **settings)
+    assert torch.equal(in_array.labels, together.labels)
+
+
+@pytest.mark.parametrize("empty", ["split", "keep", "random"])
+def test_empty_clusters_of_a_batch(empty: str) -> None:
+    x = torch.stack([mixture(120, 4, 5, seed=seed) for seed in range(3)])
+    start = x[:, :8].clone()
+    start[1, 2:] = 1e4
+    together = kmeans(x, 8, init=start, empty=empty)
+    assert together.num_empty == sum(kmeans(x[p], 8, init=start[p], seed=p, empty=empty).num_empty for p in range(3))
+    for number in range(3):
+        alike(together, kmeans(x[number], 8, init=start[number], seed=number, empty=empty), (number,))
+
+
+def test_small_and_large_groups_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.stack([mixture(60, 3, 5, seed=seed) for seed in range(7)])
+    whole = kmeans(x, 5, sample_weights=torch.ones(7, 60))
+    monkeypatch.setattr(batch, "GROUP_BYTES", 3 * 4 * 60 * 60)
+    assert torch.equal(kmeans(x, 5).labels, whole.labels)
+    monkeypatch.setattr(batch, "GROUP_BYTES", 0)
+    assert torch.equal(kmeans(x, 5).labels, whole.labels)
+
+
+def test_nearest_in_every_problem() -> None:
+    x = torch.stack([mixture(400, 8, 30, seed=seed) for seed in range(4)])
+    found = kmeans(x, 30, num_iters=3)
+    for number in range(4):
+        assert_nearest(x[number], found.centroids[number], found.labels[number])
+    again = kmeans(x, 30, init=found.centroids, num_iters=0)
+    assert torch.equal(again.labels, found.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": float("nan")}, "rows 3 hold NaN"),
+        ({"sample_weights": torch.zeros(2, 20)}, "all are zero"),
+        ({"sample_weights": torch.ones(2, 19)}, r"expected shape \(20,\)"),
+        ({"init": torch.zeros(2, 4, 2)}, r"expected shape \(3, 2\)"),
+        ({"init": "best"}, "init='best'"),
+        ({"tol": -1.0}, "tol=-1.0"),
+        ({"num_clusters": 21}, "num_clusters=21"),
+    ],
+)
+def test_nonsense_in_a_batch_is_refused(change: dict, message: str) -> None:
+    x = torch.randn(2, 20, 2, generator=torch.Generator().manual_seed(0))
+    change = dict(change)
+    x[1, 3, 0] = change.pop("x", 0.0)
+    with pytest.raises(ValueError, match=message):
+        kmeans(x, change.pop("num_clusters", 3), **change)
 
 
 def test_tree_of_clusters() -> None:

@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +21,6 @@ Backend = Callable[[Tensor, "Tensor | None", int], Assign]
 """(centroids (K, D), bias (K,) or None, rows at a time)."""
 Gemm = Callable[[Tensor, Tensor], Tensor]
 """(rows (R, D), scores (R, K) that may be written) → the tensor that holds the scores."""
-
-SWITCH_GAIN = 1.2
-"""Another product must be this much faster than torch's own, so that timing noise does not change the last bits."""
 
 
 def bias_of(centroids: Tensor, spherical: bool) -> Tensor | None:
@@ -48,9 +46,20 @@ def by_torch(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
 
 
 def by_numpy(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
-    """Processors: the fastest product at hand and NumPy's argmax, which is vectorised where torch's is not."""
+    """Processors: one fixed product per processor, so that runs repeat bit by bit, and NumPy's vectorised argmax."""
+    return _by_product(centroids, _gemms(centroids, bias)[_steady(centroids.dtype)], chunk_size)
+
+
+def by_fastest(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
+    """As `by_numpy` with the product that a short trial finds fastest: two runs may differ in the last bits."""
+    name = _steady(centroids.dtype)
+    if centroids.dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled():
+        name = _trial((chunk_size, *centroids.T.shape), bias is not None, torch.get_num_threads())
+    return _by_product(centroids, _gemms(centroids, bias)[name], chunk_size)
+
+
+def _by_product(centroids: Tensor, gemm: Gemm, chunk_size: int) -> Assign:
     scores = torch.empty(chunk_size, len(centroids), dtype=centroids.dtype)
-    gemm = fastest_gemm(centroids, bias, chunk_size)
 
     def assign(block: Tensor, labels: Tensor) -> None:
         out = labels.numpy()
@@ -76,7 +85,7 @@ def by_faiss(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
 
 
 def backend_for(name: str, device: torch.device) -> Backend:
-    """The backend called `name`; "auto" takes the fastest that is exact on this device.
+    """The backend called `name`; "auto" takes one that repeats bit by bit on this device.
 
     Raises:
         ValueError: unknown name, or one that does not work here.
@@ -85,23 +94,29 @@ def backend_for(name: str, device: torch.device) -> Backend:
         name = "numpy" if device.type == "cpu" else "torch"
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
-    if name in ("numpy", "faiss") and device.type != "cpu":
+    if name in ("numpy", "fastest", "faiss") and device.type != "cpu":
         raise ValueError(f"backend={name!r}: works on the processor, the rows are on {device}")
     if name == "faiss" and find_spec("faiss") is None:
         raise ValueError("backend='faiss': faiss is not installed; `pip install faiss-cpu`, or choose another backend")
     return BACKENDS[name]
 
 
-BACKENDS: dict[str, Backend] = {"torch": by_torch, "numpy": by_numpy, "faiss": by_faiss}
+BACKENDS: dict[str, Backend] = {"torch": by_torch, "numpy": by_numpy, "fastest": by_fastest, "faiss": by_faiss}
 
 
-def fastest_gemm(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Gemm:
-    """Scores by the product that a short trial found fastest for this shape; torch's own where results must repeat."""
-    candidates = _gemms(centroids, bias)
-    if torch.are_deterministic_algorithms_enabled() or centroids.dtype != torch.float32:
-        return candidates["torch"]
-    shape = (chunk_size, *centroids.T.shape)
-    return candidates[_trial(shape, bias is not None, torch.get_num_threads())]
+@functools.lru_cache
+def _steady(dtype: torch.dtype) -> str:
+    """Name of the product for this processor: torch's own, but oneDNN's on AMD, where MKL gives half the speed."""
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        amd = False
+    return "onednn" if amd and dtype == torch.float32 and _has_onednn() else "torch"
+
+
+def _has_onednn() -> bool:
+    """A private operator: any torch may lack it."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
@@ -121,8 +136,7 @@ def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
         return torch.ops.mkldnn._linear_pointwise(rows, centroids, bias, "none", [], "")
 
     gemms = {"torch": with_torch, "numpy": with_numpy}
-    # A private operator: any torch may lack it.
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if _has_onednn():
         gemms["onednn"] = with_onednn
     return gemms
 
@@ -149,5 +163,4 @@ def _trial(shape: tuple[int, int, int], biased: bool, num_threads: int) -> str:
             best[name] = min(best[name], time.perf_counter() - began)
         if turn >= 2 and time.perf_counter() > deadline:
             break
-    fastest = min(best, key=lambda name: best[name])
-    return fastest if best["torch"] > SWITCH_GAIN * best[fastest] else "torch"
+    return min(best, key=lambda name: best[name])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.kmeans.assign import Assign, backend_for, bias_of, rows_at_a_time
+from deepclust.ops.kmeans.batch import Solved, solve_all
 from deepclust.ops.kmeans.init import initial_centroids
 from deepclust.ops.kmeans.lloyd import Settings, lloyd
 from deepclust.ops.kmeans.ranks import Ranks
@@ -61,7 +62,7 @@ def kmeans(
     backend: str = "auto",
     on_iteration: Callable[[int], None] | None = None,
 ) -> KMeansResult:
-    """Exact Lloyd k-means; the N × K distances are never stored.
+    """Exact Lloyd k-means; the N × K distances are never stored, except of small problems in a batch (16 MB at a time).
 
     Args:
         x: (N, D) or a batch of problems (…, N, D): tensor, NumPy array or memory map of any real dtype and layout, or
@@ -79,7 +80,8 @@ def kmeans(
         chunk_size: rows compared with all centroids at one time; chosen to suit the caches when None.
         seed: makes the result repeatable; the global random state is neither read nor changed.
         group: process group whose ranks hold the rows in rank order, `x` being this rank's (it may have none).
-        backend: "auto", or one of "torch" (any device), "numpy" and "faiss" (processors).
+        backend: "auto" repeats bit by bit on the same machine and threads; or one of "torch" (any device), "numpy",
+            "faiss" and "fastest" (processors; "fastest" times several products first and may differ in the last bits).
         on_iteration: called on every rank with the number of updates done; an exception from it ends the run.
 
     Raises:
@@ -99,23 +101,33 @@ def kmeans(
 def _batch(
     x: Any, num_clusters: int, init: Any, spherical: bool, weights: Any, seed: int, settings: Settings
 ) -> KMeansResult:
-    """Every problem of a (…, N, D) batch by itself, each with its own stream of random numbers."""
+    """Small problems of a (…, N, D) batch side by side, large ones one by one; each has its own random numbers."""
     lead = tuple(x.shape[:-2])
     if 0 in lead:
         raise ValueError(f"x: expected at least one problem, got shape {tuple(x.shape)}")
-    found = []
-    for number, index in enumerate(np.ndindex(*lead)):
-        rows = Rows(x[index], Ranks(), weights=None if weights is None else weights[index], spherical=spherical)
-        start = init if isinstance(init, str) else init[index]
-        found.append(_solve(rows, num_clusters, start, seed + number, settings))
 
-    def stack(name: str) -> Tensor:
-        parts = torch.stack([torch.as_tensor(getattr(one, name)) for one in found])
+    def rows_of(index: tuple[int, ...]) -> Rows:
+        return Rows(x[index], Ranks(), weights=None if weights is None else weights[index], spherical=spherical)
+
+    def init_of(index: tuple[int, ...]) -> Any:
+        return init if isinstance(init, str) else init[index]
+
+    first = (0,) * len(lead)
+    _check(rows_of(first), num_clusters, init_of(first), settings)
+    found = solve_all(x, weights, num_clusters, init, spherical, seed, settings)
+    if found is None:
+        found = [
+            _solve(rows_of(index), num_clusters, init_of(index), seed + number, settings)
+            for number, index in enumerate(np.ndindex(*lead))
+        ]
+
+    def join(name: str) -> Tensor:
+        parts = [torch.as_tensor(getattr(one, name)) for one in found]
+        parts = torch.cat(parts) if isinstance(found[0], Solved) else torch.stack(parts)
         return parts.reshape(*lead, *parts.shape[1:])
 
-    tensors = {name: stack(name) for name in ("centroids", "labels", "inertia", "counts")}
-    most, empties = max(one.num_iters for one in found), sum(one.num_empty for one in found)
-    return KMeansResult(**tensors, num_iters=most, num_empty=empties)
+    tensors = {name: join(name) for name in ("centroids", "labels", "inertia", "counts")}
+    return KMeansResult(**tensors, num_iters=int(join("num_iters").max()), num_empty=int(join("num_empty").sum()))
 
 
 def _solve(rows: Rows, num_clusters: int, init: Any, seed: int, settings: Settings) -> KMeansResult:

@@ -99,34 +99,39 @@ def _travelled(rows: Rows, moved: Tensor, centroids: Tensor, tol: float) -> Tens
     return (distance <= tol * rows.spread / max(rows.dim, 1)).to(moved.dtype)
 
 
-def _move(rows: Rows, packed: Tensor, centroids: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
-    """Means of the clusters (K, D); a cluster without rows is mended as `settings.empty` says."""
-    sums, counts = packed[:, :-1], packed[:, -1]
-    filled = counts > 0
-    means = torch.where(filled[:, None], sums / counts.clamp_min(1e-300)[:, None], centroids.double())
-    if rows.spherical:
+def means_of(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool) -> tuple[Tensor, Tensor]:
+    """Means of the clusters (K, D) from their sums and counts, and which clusters have rows; others stay."""
+    filled, stay = counts > 0, centroids.to(sums)
+    means = torch.where(filled[:, None], sums / counts.clamp_min(torch.finfo(counts.dtype).tiny)[:, None], stay)
+    if spherical:
         # A direction that cancels out leaves no mean; its centroid stays.
         norms = torch.linalg.vector_norm(means, dim=1, keepdim=True)
-        means = torch.where(norms > 1e-12, means / norms, centroids.double())
-    moved = means.to(rows.dtype)
+        means = torch.where(norms > 1e-12, means / norms, stay)
+    return means.to(centroids.dtype), filled
+
+
+def _move(rows: Rows, packed: Tensor, centroids: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    """Means of the clusters (K, D); a cluster without rows is mended as `settings.empty` says."""
+    counts = packed[:, -1]
+    moved, filled = means_of(packed[:, :-1], counts, centroids, rows.spherical)
     if settings.empty == "keep" or bool(filled.all()):
         return moved
     if settings.empty == "random":
         seed = int(torch.randint(2**62, (1,), generator=generator))
         moved[~filled] = rows.take(draw(rows.total, int((~filled).sum()), seed, rows.device))
     else:
-        _split(rows, moved, counts.clone(), generator)
+        step = 2.0**-5 * (rows.spread / max(rows.dim, 1)) ** 0.5 if not rows.spherical else 2.0**-5 * rows.dim**-0.5
+        split(step, moved, counts.clone(), generator)
     return F.normalize(moved, dim=1) if rows.spherical else moved
 
 
-def _split(rows: Rows, moved: Tensor, counts: Tensor, generator: torch.Generator) -> None:
-    """Puts every empty cluster's centroid beside that of the heaviest cluster, in place; the next pass shares its rows.
+def split(step: float, moved: Tensor, counts: Tensor, generator: torch.Generator) -> None:
+    """Puts every empty cluster's centroid `step` beside the heaviest one's, in place; the next pass shares its rows.
 
     The heavy centroid stays where it is, so no row gets further from its nearest one: the objective cannot rise.
     """
-    step = 2.0**-5 * (rows.spread / max(rows.dim, 1)) ** 0.5 if not rows.spherical else 2.0**-5 * rows.dim**-0.5
     for cluster in torch.nonzero(counts <= 0).flatten().tolist():
         heavy = int(torch.argmax(counts))
-        signs = torch.randint(0, 2, (rows.dim,), generator=generator).mul_(2).sub_(1).to(moved)
+        signs = torch.randint(0, 2, (moved.shape[1],), generator=generator).mul_(2).sub_(1).to(moved)
         moved[cluster] = moved[heavy] + step * signs
         counts[cluster] = counts[heavy] = counts[heavy] / 2
