@@ -53,6 +53,7 @@ class Run:
     stop: StopRequest
     began: float
     global_step: int = 0
+    saved: tuple[int, int] = (0, 0)  # epoch and step of the last checkpoint of this process
     done: list[StageResult] = field(default_factory=list)
 
     @contextmanager
@@ -129,7 +130,7 @@ def _stages(run: Run, found: checkpoint.Checkpoint | None) -> str:
             previous = _stage(run, number, stage, previous, found)
         _finish(run)
     except (Stopped, StopRequested):
-        run.folder.status("preempted", name, reason=run.stop.reason)
+        run.folder.status("preempted", name, *run.saved, reason=run.stop.reason)
         anew = "run.new=true" if run.config.run.new else "resume=never" if run.config.resume == "never" else ""
         command = f"the same command without {anew}" if anew else "the same command"
         run.tell(f"Stopped. What was done is saved: {command} goes on from there.", "warning")
@@ -157,6 +158,7 @@ def _stage(
 
     def save(parts: dict[str, Any], progress: Progress, finished: bool = False) -> None:
         run.folder.status("saving", stage.name, progress.epoch, progress.step)
+        run.saved = (progress.epoch, progress.step)
         meta = {
             "stage": stage.name,
             "number": number,

@@ -69,9 +69,11 @@ def signature(target: str) -> Signature:
     module, _, name = target.rpartition(".")
     path = source(module)
     if path is None:
-        raise TargetError(f"there is no module {module}{_hint(near(module.rpartition('.')[2], siblings(module)))}")
+        hint = _hint(near(module.rpartition(".")[2], siblings(module)))
+        raise TargetError(f"there is no module {module}{hint or '; is its folder in PYTHONPATH, or is it installed?'}")
     if name not in definitions(path):
-        raise TargetError(f"no class or function {name} is written in {module}{_hint(near(name, definitions(path)))}")
+        hint = _hint(imports(path).get(name) or near(name, definitions(path)))
+        raise TargetError(f"no class or function {name} is written in {module}{hint}")
     return _signature(target, path, path.stat().st_mtime_ns)
 
 
@@ -307,7 +309,8 @@ def resolve(target: str, trust: Sequence[str] = ()) -> Any:
     """
     homes = [*OWN_HOMES, *LIBRARY_HOMES, *trust]
     if not within(target, homes):
-        raise TargetError(f"{target} may not be built; allowed: {', '.join(homes)}")
+        advice = f"and what you trust ({target.split('.')[0]} is not; trust=[...], or --trust with predict)"
+        raise TargetError(f"{target} may not be built; allowed: {', '.join(homes)}, {advice}")
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)

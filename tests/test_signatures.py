@@ -120,3 +120,16 @@ def test_targets_that_are_no_names_are_refused(composed, target):
     tree = copy.deepcopy(composed.tree)
     tree["backbone"]["_target_"] = target
     assert any(line.startswith("backbone._target_=") for line in problems_of(composed, tree))
+
+
+def test_a_module_of_ones_own_that_is_not_found_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package/__init__.py").write_text("from my_package.mine import Mine\n")
+    (tmp_path / "my_package/mine.py").write_text("class Mine:\n    pass\n")
+    with pytest.raises(UserError, match="PYTHONPATH"):
+        signature("my_package.Mine")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean my_package\.mine\.Mine\?"):
+        signature("my_package.Mine")
+    with pytest.raises(UserError, match="--trust"):
+        resolve("my_package.mine.Mine")
