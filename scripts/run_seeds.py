@@ -4,7 +4,7 @@
 
     python scripts/run_seeds.py --seeds 5 --out outputs/seeds --read      # the table of runs that are there already
 
-Accuracies are those of the kept stage, in per cent. Seconds are those of summary.json: from reading images to the report.
+Accuracies are those of the kept stage, in per cent. Seconds are those of summary.json.
 """
 
 from __future__ import annotations
