@@ -109,7 +109,7 @@ def test_many_stops_in_one_run_are_made_good(whole, tmp_path, monkeypatch):
 
 LONG = {
     "k-means": "deepclust.heads.layers.kmeans",
-    "mining": "deepclust.heads.scan.knn",
+    "mining": "deepclust.heads.scan.neighbor_table",
     "features": "deepclust.trainer.collect",
     "evaluation": "deepclust.results.label_free_scores",
     "baselines": "deepclust.results.run_baselines",

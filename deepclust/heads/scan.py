@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
 from deepclust.heads.layers import ClusterLayer
-from deepclust.ops import knn
 from deepclust.ops.collectives import gather_rows, mean_rows
+from deepclust.ops.neighbors import neighbor_table
 from deepclust.schema import Count, NonNegative, Positive
 
 LOG_FLOOR = -100.0
@@ -105,10 +105,9 @@ class SCAN(Head):
         features = bank.features
         if self.mine_on == "embedding" and self.embedder:
             features = torch.cat([self.embedder[0].to(part.device)(part) for part in features.split(4096)])
-        _, rows = knn(features, features, k=self.num_neighbors, exclude_self=True, group=bank.group)
-        index, _ = gather_rows(bank.index, bank.group)
-        found, _ = gather_rows(torch.cat([bank.index[:, None], index[rows]], dim=1), bank.group)
-        self.neighbors[index] = found
+        k, group = self.num_neighbors, bank.group
+        table = neighbor_table(features, bank.index, bank.num_samples, k=k, group=group)
+        self.neighbors[:, : table.shape[1]] = table
         return Refresh(partners=self.neighbors if self.include_self else self.neighbors[:, 1:])
 
     def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.ops import knn
 from deepclust.ops.collectives import gather_rows
+from deepclust.ops.neighbors import neighbor_table
 from deepclust.schema import Count, Fraction, Positive
 
 
@@ -85,13 +85,8 @@ class SimCLR(Head):
 
     def refresh(self, bank: Bank) -> Refresh:
         """Mines this pass's neighbours. An image that could not be read is its own neighbour."""
-        index, _ = gather_rows(bank.index, bank.group)
-        k = min(self.num_neighbors, len(index) - 1)
-        _, rows = knn(bank.features, bank.features, k=k, exclude_self=True, group=bank.group)
-        found, _ = gather_rows(torch.cat([bank.index[:, None], index[rows]], dim=1), bank.group)
-        partners = torch.arange(bank.num_samples, device=found.device)[:, None].repeat(1, k + 1)
-        partners[index] = found
-        return Refresh(partners=partners)
+        k, group = self.num_neighbors, bank.group
+        return Refresh(partners=neighbor_table(bank.features, bank.index, bank.num_samples, k=k, group=group))
 
     def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
         """NT-Xent over the two views."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclust.ops.collectives import gather_rows
 from deepclust.ops.precision import exact, plain
 
 Metric = Literal["cosine", "dot", "euclidean"]
@@ -204,3 +205,19 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat([columns, tail], 1)
     best, order = scores.gather(1, columns).topk(k, dim=1)
     return best, columns.gather(1, order)
+
+
+def neighbor_table(features: Tensor, index: Tensor, num_samples: int, *, k: int, group: Any = None) -> Tensor:
+    """Each sample's k nearest neighbours by cosine as sample indices, itself first.
+
+    features: (n, D) and index: (n,) int64 are this rank's rows and their sample indices; n may be less than its share
+    where images could not be read. Returns (num_samples, k + 1) int64, equal on all ranks; k is cut to the other rows
+    there are. A sample that is in no rank's rows is its own neighbour.
+    """
+    everyone, _ = gather_rows(index, group)
+    k = min(k, len(everyone) - 1)
+    _, rows = knn(features, features, k=k, exclude_self=True, group=group)
+    found, _ = gather_rows(torch.cat([index[:, None], everyone[rows]], dim=1), group)
+    table = torch.arange(num_samples, device=found.device)[:, None].repeat(1, k + 1)
+    table[everyone] = found
+    return table
