@@ -16,6 +16,18 @@ from deepclust.ops.spectral import spectral_clusters
 SPECTRAL_NEIGHBORS = (15, 20, 30, 40)
 
 
+class Projector(nn.Sequential):
+    """Linear, batch norm, ReLU, linear: features (B, D) to embeddings (B, E), not normalised.
+
+    Without `batch_norm` the first layer has a bias.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, embedding_dim: int, *, batch_norm: bool = True) -> None:
+        norm: nn.Module = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
+        first = nn.Linear(dim, hidden_dim, bias=not batch_norm)
+        super().__init__(first, norm, nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim))
+
+
 class ClusterLayer(nn.Module):
     """H independent sub-heads from features to cluster logits, evaluated in one product.
 

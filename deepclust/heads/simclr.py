@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
+from deepclust.heads.layers import Projector
 from deepclust.ops.collectives import gather_rows
 from deepclust.ops.neighbors import neighbor_table
 from deepclust.schema import Count, Fraction, Positive
@@ -66,13 +67,7 @@ class SimCLR(Head):
         self.one_sided = one_sided
         self.neighbors_from = neighbors_from
         self.num_neighbors = num_neighbors
-        norm: nn.Module = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
-        self.projector = nn.Sequential(
-            nn.Linear(dim, hidden_dim, bias=not batch_norm),
-            norm,
-            nn.ReLU(inplace=True),
-            nn.Linear(hidden_dim, embedding_dim),
-        )
+        self.projector = Projector(dim, hidden_dim, embedding_dim, batch_norm=batch_norm)
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to an embedding (B, E), not normalised."""
