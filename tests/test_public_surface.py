@@ -21,7 +21,7 @@ SURFACE = {
         "knn",
         "pca_whiten",
     },
-    "deepclust.eval": {"clustering_scores", "knn_probe", "linear_probe"},
+    "deepclust.eval": {"calibration_scores", "clustering_scores", "knn_probe", "linear_probe"},
 }
 
 SIGNATURES = {
@@ -34,6 +34,7 @@ SIGNATURES = {
     "deepclust.ops.mass_schedule": "step num_steps start end shape",
     "deepclust.ops.knn": "queries bank k metric exclude_self group",
     "deepclust.ops.pca_whiten": "x num_components group",
+    "deepclust.eval.calibration_scores": "probabilities target predicted num_bins",
     "deepclust.eval.clustering_scores": "predicted target",
     "deepclust.DeepClusterer": "n_clusters recipe backbone random_state",
 }

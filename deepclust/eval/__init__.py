@@ -1,4 +1,4 @@
-"""Evaluation: scores against labels, probes of features, label-free scores, baselines, the collapse alarm.
+"""Evaluation: scores against labels, calibration, probes of features, label-free scores, baselines, the collapse alarm.
 
 Labels enter this package and leave it as figures; nothing here feeds training.
 """
@@ -9,11 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepclust.eval.calibration import calibration_scores
     from deepclust.eval.metrics import clustering_scores
     from deepclust.eval.probes import knn_probe, linear_probe
 
-_HOMES = {"clustering_scores": "metrics", "knn_probe": "probes", "linear_probe": "probes"}
-__all__ = ["clustering_scores", "knn_probe", "linear_probe"]
+_HOMES = {
+    "calibration_scores": "calibration",
+    "clustering_scores": "metrics",
+    "knn_probe": "probes",
+    "linear_probe": "probes",
+}
+__all__ = ["calibration_scores", "clustering_scores", "knn_probe", "linear_probe"]
 
 
 def __getattr__(name: str) -> Any:
