@@ -372,5 +372,10 @@ def _check_relations(stages: Mapping[str, Stage], problems: list[str]) -> None:
         if trainer.micro_batches > trainer.batch_size:
             most = f"must be at most batch_size ({trainer.batch_size})"
             problems.append(f"{path}.trainer.micro_batches={trainer.micro_batches}: {most}")
+        if bool(optim.milestones) != (optim.schedule == "step"):
+            problems.append(
+                f"{path}.optim.milestones={show(optim.milestones)} with {path}.optim.schedule={optim.schedule}: "
+                "step needs milestones, as in [100,150] epochs or [0.6,0.8] of the stage, and only step has them"
+            )
         if optim.nesterov and optim.momentum == 0:
             problems.append(f"{path}.optim.nesterov=true: needs optim.momentum above 0")

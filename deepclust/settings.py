@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from deepclust.schema import Count, Decay, Natural, NonNegative, Positive, Range
+from deepclust.schema import Count, Decay, Fraction, Natural, NonNegative, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,21 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """AdamW or SGD with linear warm-up and a cosine to `final_lr_fraction * lr`, stepped per optimiser step.
+    """Optimiser and schedule of a stage. Rates are for optimiser steps; see `deepclust.optim` for the formulas.
 
+    name: `adam` has L2 decay in its gradient, `adamw` beside it; `lars` is SGD whose step follows each tensor's norm.
     head_lr: of the head's parameters, default lr. backbone_lr: of the backbone's, default lr; 0 freezes it.
+    momentum, nesterov: of sgd and lars. betas: of adam and adamw. trust: of lars; adapt_bias_and_norm: whether lars
+    scales one-dimensional parameters too. decay_bias_and_norm: whether they decay.
+
+    warmup_start_fraction: the warm-up's first rate as a fraction of lr, its last being lr; None: even steps up from 0.
+    schedule: `cosine` to `final_lr_fraction * lr`, `constant`, or `step`: times `milestone_factor` at each milestone.
+    milestones: epochs, which need not be whole; values below 1 are shares of the stage.
+    schedule_per: `epoch` holds the rate during an epoch, as some references do; the warm-up moves in each step.
     step_per: `macro` = gradients of all micro batches make one step; `micro` = one step per micro batch.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "lars"] = "adamw"
     lr: Positive = 1e-3
     head_lr: NonNegative | None = None
     backbone_lr: NonNegative | None = None
@@ -98,10 +106,16 @@ class OptimSettings:
     momentum: Decay = 0.9
     nesterov: bool = False
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    trust: Positive = 0.001
+    adapt_bias_and_norm: bool = True
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    schedule_per: Literal["step", "epoch"] = "step"
     warmup_steps: Natural = 0
     warmup_epochs: NonNegative = 0.0
+    warmup_start_fraction: Fraction | None = None
     final_lr_fraction: NonNegative = 0.0
+    milestones: list[Positive] = field(default_factory=list)
+    milestone_factor: Positive = 0.1
     decay_bias_and_norm: bool = False
     step_per: Literal["macro", "micro"] = "macro"
 

@@ -55,7 +55,9 @@ class Stepper:
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
         warmup = self.optim.warmup_steps or round(self.optim.warmup_epochs * progress.num_steps / progress.num_epochs)
-        set_learning_rate(self.optimizer, learning_rate_factor(progress.step, progress.num_steps, warmup, self.optim))
+        per_epoch = progress.num_steps // progress.num_epochs
+        factor = learning_rate_factor(progress.step, progress.num_steps, warmup, self.optim, per_epoch)
+        set_learning_rate(self.optimizer, factor)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

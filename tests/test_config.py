@@ -280,7 +280,7 @@ def test_all_errors_come_at_once_in_one_line_each():
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["head=nope", "optim=adamm"], ["Choices: ", "did you mean adamw"]),
+        (["head=nope", "optim=addamw"], ["Choices: ", "did you mean adamw"]),
         (["recipe=single"], ["stages.main has no head; choose one with head=NAME"]),
         (["optim.lr=0.5"], ["would do nothing", "stages.pretext.optim.lr"]),
         (["recipe=scan", "head=simclr"], ["leave recipe=scan out"]),
@@ -291,6 +291,8 @@ def test_all_errors_come_at_once_in_one_line_each():
         (["stages.scan.head.dim=4", "eval.baselines=[kmens]"], ["filled in by the program", "kmeans"]),
         (["data=image_folder", "optim.lr=${sed}"], ["data.root has no value", "sed"]),
         (["optim.nesterov=true", "optim.momentum=0"], ["needs optim.momentum above 0"]),
+        (["optim.milestones=[3]"], ["stages.pretext.optim.milestones=[3.0] with", "schedule=cosine"]),
+        (["optim.schedule=step"], ["step needs milestones"]),
         (["trainer.batch_size=4", "trainer.micro_batches=8"], ["at most batch_size (4)"]),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from deepclust.distributed import sum_gradients
 from deepclust.errors import UserError
-from deepclust.optim import build_optimizer, forget, learning_rate_factor, set_learning_rate
+from deepclust.heads import Head
+from deepclust.optim import LARS, build_optimizer, forget, learning_rate_factor, set_learning_rate
 from deepclust.settings import OptimSettings
 from tests.ranks import run_ranks
 from tests.toys import Plain, toy_backbone
@@ -25,6 +27,107 @@ def test_warm_up_and_cosine_are_torchs():
         optimizer.step()
         torchs.step()
     assert learning_rate_factor(30, 50, 5, OptimSettings(schedule="constant")) == 1.0
+
+
+def test_warm_up_from_a_start_and_cosine_to_an_end_are_the_published_swav_schedule():
+    """Linear from 0.3 to 4.8 over 10 epochs, then half a cosine to 0.0048 (SwAV, batch 4096), written out in NumPy."""
+    settings = OptimSettings(warmup_start_fraction=0.3 / 4.8, final_lr_fraction=0.0048 / 4.8)
+    per_epoch, epochs = 7, 40
+    later = np.arange(30 * per_epoch)
+    cosine = 0.0048 + 0.5 * (4.8 - 0.0048) * (1 + np.cos(np.pi * later / len(later)))
+    wanted = np.concatenate([np.linspace(0.3, 4.8, 10 * per_epoch), cosine])
+    steps = range(epochs * per_epoch)
+    found = [4.8 * learning_rate_factor(step, len(steps), 10 * per_epoch, settings, per_epoch) for step in steps]
+    assert found == pytest.approx(wanted.tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("milestones", [[4.0, 7.0, 7.5], [0.4, 0.7, 0.75]])
+def test_step_schedule_is_torchs_with_milestones_in_epochs_or_shares(milestones):
+    settings = OptimSettings(schedule="step", milestones=milestones, milestone_factor=0.4)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    torchs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [24, 42, 45], gamma=0.4)
+    for step in range(60):
+        assert learning_rate_factor(step, 60, 0, settings, 6) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        torchs.step()
+
+
+def test_a_cosine_by_epoch_is_torchs_at_the_epochs_and_holds_between():
+    settings = OptimSettings(schedule_per="epoch", final_lr_fraction=0.001)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0.001)
+    for epoch in range(10):
+        for step in range(epoch * 6, epoch * 6 + 6):
+            factor = learning_rate_factor(step, 60, 0, settings, 6)
+            assert factor == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        torchs.step()
+
+
+def _lars(parameters, gradients, *, lr, momentum, decay, trust):
+    """The formula in float64 NumPy, several steps; `trust` of a parameter may be None."""
+    values = [p.astype(np.float64) for p in parameters]
+    moving = [None] * len(values)
+    for step in gradients:
+        for i, (g, t) in enumerate(zip(step, trust)):
+            p, g = values[i], g.astype(np.float64)
+            norm, slope = np.sqrt((p**2).sum()), np.sqrt((g**2).sum())
+            if t is None:
+                g = g + decay[i] * p
+            elif norm > 0 and slope > 0:
+                g = (g + decay[i] * p) * t * norm / (slope + decay[i] * norm + 1e-8)
+            moving[i] = g if moving[i] is None else momentum * moving[i] + g
+            values[i] = p - lr * moving[i]
+    return values
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_lars_is_its_formula(adapt):
+    random = np.random.default_rng(0)
+    shapes = [(4, 3, 3, 3), (5,), (7, 4), (6, 2)]
+    start = [random.normal(size=shape) for shape in shapes]
+    start[3] *= 0  # a norm of zero: the plain gradient
+    gradients = [[random.normal(size=shape) for shape in shapes] for _ in range(4)]
+    gradients[1][2] *= 0
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.from_numpy(value.copy())) for value in start])
+    settings = OptimSettings(name="lars", lr=0.6, weight_decay=0.02, trust=0.01, adapt_bias_and_norm=adapt)
+    optimizer = build_optimizer(model, Head(), settings)
+    assert isinstance(optimizer, LARS)
+    for step in gradients:
+        for parameter, gradient in zip(model, step):
+            parameter.grad = torch.from_numpy(gradient.copy())
+        optimizer.step()
+    trust, decay = [0.01, 0.01 if adapt else None, 0.01, 0.01], [0.02, 0.0, 0.02, 0.02]
+    for found, wanted in zip(model, _lars(start, gradients, lr=0.6, momentum=0.9, decay=decay, trust=trust)):
+        assert np.abs(found.detach().numpy() - wanted).max() < 1e-12
+    assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.02]
+
+
+def test_a_group_of_lars_without_trust_is_torchs_sgd():
+    ours, torchs = (torch.nn.Parameter(torch.arange(1.0, 7.0).view(2, 3)) for _ in range(2))
+    plain = torch.optim.SGD([torchs], lr=0.1, momentum=0.9, weight_decay=0.1)
+    lars = LARS([{"params": [ours], "trust": None}], lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        for parameter, optimizer in ((torchs, plain), (ours, lars)):
+            parameter.grad = parameter.detach().cos()
+            optimizer.step()
+    assert torch.equal(ours, torchs)
+
+
+def test_adam_has_its_decay_in_the_gradient():
+    ours, torchs = Plain(), Plain()
+    torchs.load_state_dict(ours.state_dict())
+    reference = torch.optim.Adam(torchs.parameters(), lr=1e-2, weight_decay=0.1)
+    settings = OptimSettings(name="adam", lr=1e-2, weight_decay=0.1, decay_bias_and_norm=True)
+    optimizer = build_optimizer(torch.nn.Module(), ours, settings)
+    for _ in range(3):
+        for head, one in ((torchs, reference), (ours, optimizer)):
+            for parameter in head.parameters():
+                parameter.grad = parameter.detach().sin()
+            one.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters()))
 
 
 def test_groups_have_their_own_rates_and_norms_no_decay():
