@@ -124,7 +124,10 @@ def _parse(word: str) -> Any:
 
 
 def _sort(overrides: Sequence[str], config_dirs: Sequence[Path], problems: list[str]) -> _Words:
-    """Sorts the words; `head=X` also chooses the recipe `single`, and `head.inner=X` is the choice of a nested head."""
+    """Sorts the words; `head.inner=X` is the choice of a nested head.
+
+    `head=X` also chooses the recipe `single_X`, which holds what suits that head, or `single` where there is none.
+    """
     names, words = groups(config_dirs), _Words()
     for word in overrides:
         override = _parse(word)
@@ -138,8 +141,10 @@ def _sort(overrides: Sequence[str], config_dirs: Sequence[Path], problems: list[
             problems.append(f"{show(word)}: Hydra's own keys are not used here; see --help")
         else:
             _sort_one(override, names, words, config_dirs, problems)
-    if words.groups.get("head", "null") != "null":
-        words.groups.setdefault("recipe", "single")
+    head = words.groups.get("head", "null")
+    if head != "null":
+        own = f"single_{head}"
+        words.groups.setdefault("recipe", own if own in dict(options("recipe", config_dirs)) else "single")
     return words
 
 

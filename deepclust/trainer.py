@@ -235,7 +235,8 @@ class Trainer:
 
         with untouched(source, spec.mode):
             view = self.transforms[spec.view]
-            features, index = collect(forward, self.images, view, rows, device=self.device, seed=self.seed)
+            seed = int(sample_keys(self.seed, self.stage, self.step, torch.zeros(1).long(), -4))
+            features, index = collect(forward, self.images, view, rows, device=self.device, seed=seed)
         return Bank(features, index.to(self.device), len(self.images), group)
 
     def _choose_sub_head(self) -> None:

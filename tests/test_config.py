@@ -116,6 +116,18 @@ def test_numbers_may_be_written_with_exponents(tmp_path):
     assert chosen.name() == "small-scan-digits-0"
 
 
+def test_a_head_brings_the_recipe_of_its_name(tmp_path):
+    _write(
+        tmp_path / "recipe/single_simclr.yaml",
+        "# @package _global_\ntrainer: {batch_size: 64}\nstages:\n  main: {}\n",
+    )
+    chosen = load(["head=simclr"], [tmp_path])
+    assert chosen.choices["recipe"] == "single_simclr" and chosen.stages["main"].trainer.batch_size == 64
+    assert load(["head=simclr", "trainer.batch_size=32"], [tmp_path]).stages["main"].trainer.batch_size == 32
+    assert load(["head=simclr", "recipe=single"], [tmp_path]).stages["main"].trainer.batch_size == 256
+    assert load(["head=simclr"]).choices["recipe"] == "single"
+
+
 def test_a_nested_head_is_a_group_choice(tmp_path):
     _write(
         tmp_path / "wrap_heads.py",

@@ -181,6 +181,13 @@ def test_a_bank_pass_changes_nothing(mode):
     torch.testing.assert_close(part.features, trainer.bank(BankSpec()).features[part.index])
 
 
+def test_each_bank_pass_draws_its_views_anew_and_repeatably():
+    trainer = make(Plain())
+    first, again = (trainer.bank(BankSpec(mode="train", view="strong")).features for _ in range(2))
+    trainer.step = 1
+    assert torch.equal(first, again) and not torch.equal(first, trainer.bank(BankSpec("train", "strong")).features)
+
+
 def test_evaluation_does_not_change_training():
     digests = []
     for looks in (False, True):

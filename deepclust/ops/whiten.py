@@ -30,18 +30,29 @@ def pca_whiten(x: Any, num_components: int, *, group: dist.ProcessGroup | None =
     Raises:
         ValueError: fewer than two rows, C out of range, NaN or infinite rows (named).
     """
-    ranks = Ranks(group)
-    rows = Rows(x, ranks)
+    rows = Rows(x, Ranks(group))
+    mean, projection = _fit(rows, num_components)
+    out = torch.empty(rows.num, num_components, dtype=rows.dtype, device=rows.device)
+    for start, block in rows.blocks():
+        torch.mm(block - mean, projection, out=out[start : start + len(block)])
+    return out
+
+
+def whitening(x: Any, num_components: int, *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """The map that `pca_whiten` applies, for rows that come later: (x - mean) @ projection.
+
+    Arguments, dtypes and errors as there. Returns mean (D,) and projection (D, C), the same on all ranks.
+    """
+    return _fit(Rows(x, Ranks(group)), num_components)
+
+
+def _fit(rows: Rows, num_components: int) -> tuple[Tensor, Tensor]:
     if rows.total < 2:
         raise ValueError(f"x: whitening needs at least 2 rows, got {rows.total}")
     if not 1 <= num_components <= rows.dim:
         raise ValueError(f"num_components={num_components}: must be from 1 to the feature dimension {rows.dim}")
     mean, covariance = _moments(rows)
-    projection = ranks.broadcast(_whitening(covariance, num_components)).to(rows.dtype)
-    out = torch.empty(rows.num, num_components, dtype=rows.dtype, device=rows.device)
-    for start, block in rows.blocks():
-        torch.mm(block - mean, projection, out=out[start : start + len(block)])
-    return out
+    return mean, rows.ranks.broadcast(_whitening(covariance, num_components)).to(rows.dtype)
 
 
 def _moments(rows: Rows) -> tuple[Tensor, Tensor]:
