@@ -342,6 +342,7 @@ def _finish(run: Run) -> None:
             "protocol": run.data.protocol,
             "num_images": len(run.data.train),
             "num_clusters": run.num_clusters,
+            "imbalance": results.imbalance_of(run.data.train),
             "seed": run.config.seed,
             "stages": {result.name: result.scores for result in run.done},
             "baselines": scores,

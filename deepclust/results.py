@@ -15,7 +15,7 @@ import torch
 from deepclust.data.image_set import ImageData, ImageSet
 from deepclust.eval.baselines import baselines
 from deepclust.eval.label_free import better_stage, label_free_scores
-from deepclust.eval.metrics import clustering_scores
+from deepclust.eval.metrics import BY_CLASS, LONG_TAILED, clustering_scores, imbalance
 from deepclust.eval.probes import knn_probe, linear_probe
 from deepclust.loggers import Loggers
 from deepclust.loggers.files import read_metrics
@@ -93,13 +93,13 @@ def score_stage(
             previous=previous,
         )
     )
-    scores.update(_labelled_scores(result.train, data.train))
+    scores.update(_labelled_scores(result.train, data.train, None))
     classes = _classes(data.train, result.train)
     if classes is not None and settings.probes:
         scores["knn_probe"] = knn_probe(result.train.features, classes)
         scores["linear_probe"] = linear_probe(result.train.features, classes)
     if result.test is not None and data.test is not None:
-        scores["test"] = _labelled_scores(result.test, data.test)
+        scores["test"] = _labelled_scores(result.test, data.test, _class_sizes(data.train))
     result.scores = scores
 
 
@@ -111,18 +111,32 @@ def _classes(images: ImageSet, split: Split) -> np.ndarray | None:
     return None if (classes < 0).any() else classes
 
 
-def _labelled_scores(split: Split, images: ImageSet) -> dict[str, Any]:
+def _class_sizes(images: ImageSet) -> dict[int, int] | None:
+    """Images by class, None without labels."""
+    if images.classes is None:
+        return None
+    names, sizes = np.unique(images.classes, return_counts=True)
+    return dict(zip(names.tolist(), sizes.tolist()))
+
+
+def _labelled_scores(split: Split, images: ImageSet, class_sizes: dict[int, int] | None) -> dict[str, Any]:
+    """class_sizes: of the set that was trained on, by which head, medium and tail classes are told; None = this one."""
     classes = _classes(images, split)
     if classes is None:
         return {}
-    scores = clustering_scores(split.clusters, classes)
+    scores = clustering_scores(split.clusters, classes, class_sizes=class_sizes)
     return {name: _plain(value) for name, value in scores.items()}
+
+
+def imbalance_of(images: ImageSet) -> float | None:
+    """For summary.json: how long the tail of the training set is, None without labels."""
+    return None if images.classes is None else imbalance(images.classes)
 
 
 def run_baselines(
     result: StageResult, data: ImageData, num_clusters: int, settings: EvalSettings, seed: int
 ) -> dict[str, Any]:
-    """ACC, NMI, ARI of classical clusterings of this stage's features; a baseline that failed says why.
+    """Scores of classical clusterings of this stage's features; a baseline that failed says why.
 
     None are fitted where no labels could say how good they are.
     """
@@ -147,7 +161,7 @@ def run_baselines(
             entry["failed"] = found.reasons[name]
         else:
             measured = clustering_scores(labels, classes[found.index])
-            entry.update({key: measured[key] for key in SCORES})
+            entry.update({key: measured[key] for key in (*SCORES, *BY_CLASS) if key in measured})
         scores[name] = entry
     return scores
 
@@ -167,22 +181,22 @@ def keep_best(results: Sequence[StageResult]) -> tuple[StageResult, str]:
 
 def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the result table, from summary.json alone."""
-    labelled = any("acc" in scores for scores in summary["stages"].values())
-    columns = ["", *(["ACC", "NMI", "ARI"] if labelled else []), "agreement", "used", "seconds"]
+    shown = [key for key in _shown_scores(summary) if any(key in scores for scores in summary["stages"].values())]
+    columns = ["", *(COLUMN_WORDS[key] for key in shown), "agreement", "used", "seconds"]
     rows = []
     for name, scores in summary["stages"].items():
         label = f"{name} (kept)" if name == summary["kept_stage"] else name
         label += f" + {scores['reads']}" if "reads" in scores else ""
         label_free = [scores.get("neighbor_agreement"), scores["clusters_used"], _round(scores["seconds"])]
-        rows.append([label, *_percent(scores, labelled), *label_free])
+        rows.append([label, *_percent(scores, shown), *label_free])
         if "test" in scores:
-            rows.append([f"{name}, held-out images", *_percent(scores["test"], labelled), None, None, None])
+            rows.append([f"{name}, held-out images", *_percent(scores["test"], shown), None, None, None])
     for name, scores in summary["baselines"].items():
         label = BASELINE_WORDS.get(name, str(name))
         if scores["samples"] < summary["num_images"]:
             label += f" ({scores['samples']} images)"
         label += f": failed, {scores['failed']}" if "failed" in scores else ""
-        rows.append([label, *_percent(scores, labelled), None, None, _round(scores["seconds"])])
+        rows.append([label, *_percent(scores, shown), None, None, _round(scores["seconds"])])
     return columns, rows
 
 
@@ -205,10 +219,22 @@ BASELINE_WORDS = {
 }
 
 
-def _percent(scores: Mapping[str, Any], labelled: bool) -> list[str | None]:
-    if not labelled:
-        return []
-    return [f"{100 * scores[name]:.1f}" if name in scores else None for name in SCORES]
+COLUMN_WORDS = {
+    **{key: key.upper() for key in SCORES},
+    "macro_acc": "macro ACC",
+    "macro_f1": "macro F1",
+    "head_acc": "head",
+    "medium_acc": "medium",
+    "tail_acc": "tail",
+}
+
+
+def _shown_scores(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*SCORES, *BY_CLASS) if (summary.get("imbalance") or 0) >= LONG_TAILED else SCORES
+
+
+def _percent(scores: Mapping[str, Any], shown: Sequence[str]) -> list[str | None]:
+    return [f"{100 * scores[name]:.1f}" if name in scores else None for name in shown]
 
 
 def _round(seconds: float | None) -> str | None:

@@ -212,3 +212,21 @@ def test_metrics_become_curves() -> None:
         {"step": 2, "stage": "scan", "loss": None, "lr": 0.1},
     ]
     assert metric_curves(rows) == {"scan: loss": ([1], [2.0]), "scan: lr": ([2], [0.1])}
+
+
+def test_a_long_tail_is_told_class_by_class(tmp_path: Path) -> None:
+    from deepclust.results import table_rows
+
+    by_class = {"macro_acc": 0.5, "macro_f1": 0.4, "head_acc": 0.9, "medium_acc": 0.45, "tail_acc": 0.155}
+    figures = {"acc": 0.8, "nmi": 0.7, "ari": 0.6, **by_class, "clusters_used": 3, "seconds": 1.0}
+    entries = {"kmeans": {"acc": 0.1, "nmi": 0.1, "ari": 0.1, "samples": 9, "seconds": 1.0, **by_class}}
+    summary = {"stages": {"main": {**figures, "test": figures}}, "baselines": entries, "num_images": 9}
+    for imbalance, shown in ((50.0, True), (1.2, False), (None, False)):
+        columns, rows = table_rows({**summary, "imbalance": imbalance, "kept_stage": "main"})
+        assert ("tail" in columns) == shown and all(len(row) == len(columns) for row in rows)
+        page, _ = written(tmp_path, summary={**summary, "imbalance": imbalance, "kept_stage": "main"})
+        assert ("30 % rarest" in page) == shown
+        head = page[page.index("<thead") : page.index("</thead>")]
+        assert ("Macro ACC" in head and "Tail" in head) == shown
+        if shown:
+            assert [row[columns.index("tail")] for row in rows] == ["15.5"] * 3

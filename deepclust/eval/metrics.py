@@ -2,15 +2,22 @@
 
 Accuracies need clusters to be named after classes. `acc` names them one-to-one (Hungarian matching: a cluster without a
 class counts as wrong), `majority_acc` many-to-one (each cluster takes its commonest class), the usual figure when there
-are more clusters than classes. NMI and ARI need no names.
+are more clusters than classes. NMI and ARI need no names. Where classes differ in size, `acc` counts images (micro) and
+`macro_acc` classes; `head_acc`, `medium_acc` and `tail_acc` are its parts by frequency.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+
+LONG_TAILED = 2.0
+"""A set whose largest class has so many times the images of its smallest is reported by class as well."""
+BY_CLASS = ("macro_acc", "macro_f1", "head_acc", "medium_acc", "tail_acc")
+"""Scores to which every class counts the same."""
 
 
 def as_labels(values: Any, name: str) -> np.ndarray:
@@ -47,13 +54,15 @@ def contingency(predicted: Any, target: Any) -> tuple[np.ndarray, np.ndarray, np
     return counts.reshape(len(clusters), len(classes)), clusters, classes
 
 
-def clustering_scores(predicted: Any, target: Any) -> dict[str, Any]:
+def clustering_scores(predicted: Any, target: Any, *, class_sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
     """Agreement of clusters with classes; the number of clusters may differ from the number of classes.
 
     predicted, target: (N,) whole numbers >= 0, tensor or NumPy, any values. Returns, as fractions,
     `acc` (one-to-one matched / N), `nmi` (arithmetic mean), `ari` (Hubert and Arabie 1985), `macro_acc` and `macro_f1`
     (means over classes of recall and F1 after the one-to-one matching; a class without a cluster counts 0),
-    `majority_acc`, and `matching` {cluster: class}, `class_recall` {class: recall}.
+    `majority_acc`, `head_acc`, `medium_acc`, `tail_acc` (see `group_accuracies`; by the frequencies in `target`, or by
+    `class_sizes` {class: images} where another set was trained on), and `matching` {cluster: class},
+    `class_recall` {class: recall}.
     Raises ValueError as `contingency` does.
     """
     counts, clusters, classes = contingency(predicted, target)
@@ -64,6 +73,8 @@ def clustering_scores(predicted: Any, target: Any) -> dict[str, Any]:
     matched_sizes[columns] = counts.sum(1)[rows]
     recall = hits / counts.sum(0)
     f1 = 2 * hits / (counts.sum(0) + matched_sizes)
+    class_recall = {int(name): float(value) for name, value in zip(classes, recall)}
+    own_sizes = {int(name): int(size) for name, size in zip(classes, counts.sum(0))}
     return {
         "acc": float(hits.sum() / counts.sum()),
         "nmi": normalized_mutual_information(counts),
@@ -71,9 +82,30 @@ def clustering_scores(predicted: Any, target: Any) -> dict[str, Any]:
         "macro_acc": float(recall.mean()),
         "macro_f1": float(f1.mean()),
         "majority_acc": float(counts.max(1).sum() / counts.sum()),
+        **group_accuracies(class_recall, own_sizes if class_sizes is None else class_sizes),
         "matching": {int(clusters[row]): int(classes[column]) for row, column in zip(rows, columns)},
-        "class_recall": {int(name): float(value) for name, value in zip(classes, recall)},
+        "class_recall": class_recall,
     }
+
+
+def group_accuracies(class_recall: Mapping[int, float], class_sizes: Mapping[int, int]) -> dict[str, float]:
+    """Mean recall of the 30 % most frequent classes, of the next 40 % and of the 30 % rarest (P2OT, section 5.1).
+
+    class_recall: {class: recall}. class_sizes: {class: images}, 0 where a class is not in it; among equally frequent
+    classes the smaller number comes first. Head and tail have 3 C // 10 classes each, at least one. Empty for C < 3.
+    """
+    if len(class_recall) < 3:
+        return {}
+    names = sorted(class_recall, key=lambda name: (-class_sizes.get(name, 0), name))
+    edge = max(1, 3 * len(names) // 10)
+    groups = {"head_acc": names[:edge], "medium_acc": names[edge:-edge], "tail_acc": names[-edge:]}
+    return {group: float(np.mean([class_recall[name] for name in members])) for group, members in groups.items()}
+
+
+def imbalance(classes: Any) -> float:
+    """Images of the largest class per image of the smallest one among those that occur in (N,) `classes`."""
+    sizes = np.unique(as_labels(classes, "classes"), return_counts=True)[1]
+    return float(sizes.max() / sizes.min())
 
 
 def entropy(counts: np.ndarray) -> float:

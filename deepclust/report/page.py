@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deepclust.eval.metrics import BY_CLASS, LONG_TAILED
 from deepclust.report.gallery import Gallery, galleries_html
 from deepclust.report.plots import curve, size_bars
 from deepclust.run_folder import write_atomic
@@ -26,6 +27,9 @@ SHARES = {
     "ari": "ARI",
     "macro_acc": "Macro ACC",
     "macro_f1": "Macro F1",
+    "head_acc": "Head",
+    "medium_acc": "Medium",
+    "tail_acc": "Tail",
     "majority_acc": "Majority ACC",
     "neighbor_agreement": "Agreement",
     "mean_confidence": "Confidence",
@@ -97,12 +101,17 @@ def _headline(summary: Mapping[str, Any]) -> str:
     kept = (summary.get("stages") or {}).get(summary.get("kept_stage"), {})
     figures = [("Images", summary.get("num_images")), ("Clusters", summary.get("num_clusters"))]
     cards = [(label, f"{value:,}") for label, value in figures if value is not None]
-    cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("acc", "nmi", "ari")]
+    shown = ("acc", "macro_acc", "nmi", "ari") if _long_tailed(summary) else ("acc", "nmi", "ari")
+    cards += [(SHARES[key], _figure(key, kept.get(key))) for key in shown]
     cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("neighbor_agreement", "mean_confidence")]
     cards += [("Time", _figure("seconds", summary.get("seconds")))]
     cards += [("Memory", _figure("peak_memory_mb", summary.get("peak_memory_mb")))]
     items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in cards if value)
     return f'<dl class="headline">{items}</dl>' if items else ""
+
+
+def _long_tailed(summary: Mapping[str, Any]) -> bool:
+    return (summary.get("imbalance") or 0) >= LONG_TAILED
 
 
 def _figure(key: str, value: Any) -> str:
@@ -152,16 +161,23 @@ def _baseline_rows(summary: Mapping[str, Any]) -> list[Row]:
 def _results(summary: Mapping[str, Any]) -> str:
     """The table of stages beside baselines, why a stage was kept, and every other figure folded away."""
     stages, baselines = _stage_rows(summary), _baseline_rows(summary)
-    columns = [key for key in MAIN if any(_figure(key, row.figures.get(key)) for row in [*stages, *baselines])]
+    main = (*MAIN[:3], *BY_CLASS, *MAIN[3:]) if _long_tailed(summary) else MAIN
+    columns = [key for key in main if any(_figure(key, row.figures.get(key)) for row in [*stages, *baselines])]
     if not columns:
         return ""
     remarks = {
         "neighbor_agreement": "Agreement: neighbours in the first stage's features that share a cluster, above chance.",
         "acc": "Labels were read for ACC, NMI and ARI alone: they took no part in training or in any choice.",
+        "tail_acc": "Macro: means over classes. Head, medium, tail: mean recall of the 30 % most frequent classes of "
+        "the training set, the next 40 % and the 30 % rarest.",
     }
     words = [str(summary.get("why", "")), *(text for key, text in remarks.items() if key in columns)]
     body = _group("Stages", stages, columns) + _group("Baselines on the first stage's features", baselines, columns)
-    return _table(columns, body) + "".join(f"<p>{escape(text)}</p>" for text in words if text) + _other_figures(stages)
+    return (
+        _table(columns, body)
+        + "".join(f"<p>{escape(text)}</p>" for text in words if text)
+        + _other_figures(stages, columns)
+    )
 
 
 def _label(key: str) -> str:
@@ -198,11 +214,11 @@ def _cell(label: str, text: str) -> str:
     return f'<td role="cell"{kind} data-label="{escape(label, quote=True)}">{text or "–"}</td>'
 
 
-def _other_figures(stages: Sequence[Row]) -> str:
+def _other_figures(stages: Sequence[Row], columns: Sequence[str]) -> str:
     """Every figure of the stages that the table has no room for."""
     blocks = []
     for row in stages:
-        rest = {key: _figure(key, value) for key, value in row.figures.items() if key not in MAIN}
+        rest = {key: _figure(key, value) for key, value in row.figures.items() if key not in columns}
         items = "".join(
             f"<div><dt>{escape(_label(key))}</dt><dd>{text}</dd></div>" for key, text in rest.items() if text
         )

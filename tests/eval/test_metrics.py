@@ -13,7 +13,7 @@ from sklearn import metrics as reference
 from sklearn.metrics.cluster import contingency_matrix
 
 from deepclust.eval import clustering_scores
-from deepclust.eval.metrics import contingency
+from deepclust.eval.metrics import contingency, group_accuracies, imbalance
 
 SCALARS = ("acc", "nmi", "ari", "macro_acc", "macro_f1", "majority_acc")
 
@@ -100,6 +100,34 @@ def test_more_clusters_than_classes_and_fewer() -> None:
     under = clustering_scores(target // 4, target)
     assert under["acc"] == pytest.approx(2 / 7)
     assert sum(value == 0 for value in under["class_recall"].values()) == 5
+
+
+def test_head_medium_and_tail_are_told_by_frequency_not_by_name() -> None:
+    sizes = {7: 5, 3: 100, 0: 60, 9: 40, 1: 40, 2: 30, 4: 20, 5: 10, 6: 80, 8: 2}
+    target = np.concatenate([np.full(size, name) for name, size in sizes.items()])
+    wrong = np.isin(target, (3, 5, 8))  # one class of the head and two of the tail get no cluster of their own
+    scores = clustering_scores(np.where(wrong, 0, target), target)
+    assert (scores["head_acc"], scores["medium_acc"]) == (pytest.approx(2 / 3), 1)  # 3 and 0 share, 3 has more
+    assert scores["tail_acc"] == pytest.approx(1 / 3)
+    groups = {"head_acc": [3, 6, 0], "medium_acc": [1, 9, 2, 4], "tail_acc": [5, 7, 8]}
+    recall = scores["class_recall"]
+    for group, members in groups.items():
+        assert scores[group] == pytest.approx(np.mean([recall[name] for name in members])), group
+    balanced = np.repeat(np.arange(10), 4)
+    held_out = clustering_scores(np.where(balanced == 8, 0, balanced), balanced, class_sizes=sizes)
+    assert held_out["tail_acc"] == pytest.approx(2 / 3) and held_out["head_acc"] in (1, pytest.approx(2 / 3))
+
+
+def test_groups_of_few_classes_and_of_a_hundred() -> None:
+    assert group_accuracies({0: 1.0, 1: 0.5}, {0: 9, 1: 1}) == {}
+    assert group_accuracies({0: 0.1, 1: 0.2, 2: 0.3}, {0: 1, 1: 2, 2: 3}) == {
+        "head_acc": 0.3,
+        "medium_acc": 0.2,
+        "tail_acc": 0.1,
+    }
+    hundred = group_accuracies(dict(enumerate(range(100))), {name: 100 - name for name in range(100)})
+    assert hundred == {"head_acc": 14.5, "medium_acc": 49.5, "tail_acc": 84.5}
+    assert imbalance([3, 3, 3, 3, 5, 9, 9]) == 4
 
 
 def test_tensors_and_arrays_give_the_same() -> None:
