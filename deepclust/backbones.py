@@ -77,6 +77,11 @@ def small_convnet(
     return _frozen(Backbone(body.train(), num_features), freeze)
 
 
+def identity(in_channels: Count, image_size: Count) -> Backbone:
+    """The input itself as features: for `data=features`; of images, their pixels. Nothing in it is trained."""
+    return Backbone(nn.Identity(), in_channels * image_size**2)
+
+
 def cifar_resnet(
     in_channels: Count,
     *,

@@ -91,7 +91,7 @@ class Clusterer:
     given), `view_size`, `mean` and `std` (of the view).
 
     Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C, H, W); as a path to
-    an image or a folder; as a list of paths; or as an `ImageSet`.
+    an image or a folder; as a list of paths; or as an `ImageSet`. A model of features takes float rows (N, D).
     """
 
     def __init__(self, network: Network, spec: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
@@ -138,11 +138,17 @@ class Clusterer:
     def _batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
         """(b, C, H, W) uint8 with this model's number of channels."""
         from deepclust.data.arrays import as_images
+        from deepclust.data.features import as_features
         from deepclust.data.image_set import ImageSet
 
         if isinstance(images, ImageSet):
             for start in range(0, len(images), batch_size):
                 yield torch.stack([images.read(row) for row in range(start, min(start + batch_size, len(images)))])
+        elif getattr(images, "ndim", 0) == 2 and list(self.spec["image_size"]) == [1, 1]:
+            rows, wanted = as_features(images, least=1), self.spec["channels"]
+            if rows.shape[1] != wanted:
+                raise UserError(f"features have {rows.shape[1]} columns; this model was trained on {wanted}")
+            yield from rows.split(batch_size)
         elif isinstance(images, str | Path) or (
             isinstance(images, Sequence) and isinstance(next(iter(images), None), str | Path)
         ):

@@ -371,7 +371,8 @@ def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) 
     """Says what is about to happen, on what, and where."""
     config, images = run.config, run.data.train
     run.loggers.start({"name": config.name(), "folder": str(run.folder.path), "config": config.tree})
-    kind = "images without labels" if images.classes is None else "images (labels are read by the evaluation alone)"
+    what = "feature vectors" if images.is_features else "images"
+    kind = f"{what} {'without labels' if images.classes is None else '(labels are read by the evaluation alone)'}"
     shape = f"{images.channels} x {images.size[0]} x {images.size[1]}"
     run.tell(f"{len(images)} {kind}, {shape}; {run.num_clusters} clusters")
     dtype = autocast_dtype(next(iter(config.stages.values())).trainer.precision, run.world.device)

@@ -144,7 +144,7 @@ def run_baselines(
     if classes is None:
         return {}
     pixels = None
-    if data.train.images is not None:
+    if data.train.images is not None and not data.train.is_features:
         pixels = data.train.images[torch.from_numpy(result.train.rows)].flatten(1)
     found = baselines(
         result.train.features,
@@ -272,7 +272,8 @@ def write_page(
     def caption(place: int) -> str:
         return f"{images.paths[split.rows[place]]} ({split.confidence[place]:.0%})"
 
-    galleries = make_galleries(split.clusters, split.confidence, summary["num_clusters"], gallery_images, read, caption)
+    shown = 0 if images.is_features else gallery_images
+    galleries = make_galleries(split.clusters, split.confidence, summary["num_clusters"], shown, read, caption)
     model = folder.path.as_posix()
     commands = [
         ("Cluster new images, from the command line", f"deepclust predict {model} IMAGES -o clusters.csv"),

@@ -38,7 +38,8 @@ class ImageSet:
     name: what tables and plots call it.
     ids (N,) int64; paths: N strings, relative to `root` for files; splits (N,) str.
     channels, size (H, W): of every image. mean, std: per channel, for pixels scaled to [0, 1].
-    images: (N, C, H, W) uint8, or None where the files are decoded on demand.
+    images: (N, C, H, W) uint8; None where the files are decoded on demand; or, of a set of features, (N, D, 1, 1)
+    float32, which views leave as they are.
     classes: (N,) int64 indices into `class_names`, or None; only evaluation may read them.
     skipped: unreadable files. num_ignored: files in the folder that are no images.
     root, file_bytes (N,) int64: folder and file sizes of a set that comes from files.
@@ -63,8 +64,16 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def is_features(self) -> bool:
+        """Whether the rows are feature vectors and no images."""
+        return self.images is not None and self.images.is_floating_point()
+
     def read(self, row: int) -> Tensor:
-        """(C, H, W) uint8 image of a row; raises `UnreadableImage` if its file has gone bad since the start-up scan."""
+        """(C, H, W) uint8 image of a row, or its (D, 1, 1) float32 features.
+
+        Raises `UnreadableImage` if its file has gone bad since the start-up scan.
+        """
         if self.images is not None:
             return self.images[row]
         return torch.from_numpy(decode(os.path.join(self.root or "", self.paths[row]), self.size[0], self.channels))
@@ -113,8 +122,10 @@ class ImageData:
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Per-channel mean and standard deviation in [0, 1] units of (N, C, H, W) uint8, from a fixed sub-sample of images.
 
-    The deviation is at least 1/255, so that constant images can be normalised.
+    The deviation is at least 1/255, so that constant images can be normalised. Features stay as they are: (0,), (1,).
     """
+    if images.is_floating_point():
+        return (0.0,), (1.0,)
     rows = torch.linspace(0, len(images) - 1, min(len(images), STATISTICS_IMAGES), dtype=torch.float64).long()
     std, mean = torch.std_mean(images[rows].double() / 255, dim=(0, 2, 3), correction=0)
     return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
@@ -123,9 +134,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 def set_of_arrays(
     name: str, images: Tensor, splits: Sequence[str], classes: np.ndarray | None, class_names: Sequence[str]
 ) -> ImageSet:
-    """A set held in memory: images (N, C, H, W) uint8, one split per image, classes (N,) int64 or None.
+    """A set held in memory: images (N, C, H, W) uint8 or features (N, D, 1, 1) float32, one split for each.
 
-    An image's path is its split and its number within the split.
+    classes: (N,) int64 or None. An image's path is its split and its number within the split.
     """
     mean, std = channel_statistics(images)
     number: defaultdict[str, Iterator[int]] = defaultdict(count)

@@ -1,4 +1,4 @@
-"""What an augmentation is: four kinds of operations, each drawing its parameters once for both engines.
+"""What an augmentation is: five kinds of operations, each drawing its parameters once for both engines.
 
 An op turns uniforms into parameters (`draw`); the batch engine applies them to many images at once, the sample engine
 to one. Batches are float32 (B, C, H, W) in [0, 1], single images uint8 (C, H, W); C is 1 or 3.
@@ -74,6 +74,13 @@ class Pixel(Op):
     def batch(self, images: Tensor, params: Params) -> Tensor:
         """(n, C, H, W) in [0, 1] and parameters (n,) on the images' device to images of the same shape."""
         raise NotImplementedError
+
+
+class Feature(Pixel):
+    """Acts on feature vectors (n, D, 1, 1) of any values, and on no image; both engines are one."""
+
+    def sample(self, image: Tensor, params: Params, target: Size) -> Tensor:
+        return self.batch(image[None], params)[0]
 
 
 class Erase(Op):

@@ -1,7 +1,7 @@
 """The operations a view may be made of, by name, and the check of a description. Importing this file imports no torch.
 
-An operation is a public class of `view_geometry`, `view_color`, `view_pixels` or `view_mix`; its name in a description
-is the class name in snake_case, its parameters are those of the constructor.
+An operation is a public class of `view_geometry`, `view_color`, `view_pixels`, `view_mix` or `view_features`; its name
+in a description is the class name in snake_case, its parameters are those of the constructor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from deepclust.signatures import check_arguments, definitions, resolve, signatur
 if TYPE_CHECKING:
     from deepclust.data.view_base import Op
 
-_HOMES = ("view_geometry", "view_color", "view_pixels", "view_mix")
+_HOMES = ("view_geometry", "view_color", "view_pixels", "view_mix", "view_features")
 
 
 def op_targets() -> dict[str, str]:

@@ -14,7 +14,7 @@ from deepclust.data.random import normals
 from deepclust.data.view_base import Erase, Params, Pixel, Size, between, integers, ordered
 from deepclust.schema import Count, Fraction, NonNegative
 
-_NOISE_OFFSETS = 1 << 16
+NOISE_OFFSETS = 1 << 16
 _TRIES = 10
 
 
@@ -57,6 +57,13 @@ def _noise_table(length: int, device: torch.device) -> Tensor:
     return normals(torch.zeros(1, dtype=torch.int64), length)[0].to(device)
 
 
+def noise_like(images: Tensor, offset: Tensor) -> Tensor:
+    """Standard normal numbers of the shape of (n, ...) images: windows of the fixed table at (n,) offsets."""
+    length = images[0].numel()
+    table = _noise_table(NOISE_OFFSETS + length, images.device)
+    return table.as_strided((NOISE_OFFSETS, length), (1, 1))[offset.long()].view_as(images)
+
+
 class PixelNoise(Pixel):
     """Adds normal noise of standard deviation `std` (of a range of 1) to every value.
 
@@ -70,13 +77,10 @@ class PixelNoise(Pixel):
         self.std, self.p = std, p
 
     def draw(self, uniforms: Tensor, size: Size) -> Params:
-        return {"offset": integers(uniforms[:, 0], _NOISE_OFFSETS)}
+        return {"offset": integers(uniforms[:, 0], NOISE_OFFSETS)}
 
     def batch(self, images: Tensor, params: Params) -> Tensor:
-        length = images[0].numel()
-        table = _noise_table(_NOISE_OFFSETS + length, images.device)
-        noise = table.as_strided((_NOISE_OFFSETS, length), (1, 1))[params["offset"].long()]
-        return torch.add(images, noise.view_as(images), alpha=self.std).clamp_(0, 1)
+        return torch.add(images, noise_like(images, params["offset"]), alpha=self.std).clamp_(0, 1)
 
     def sample(self, image: Tensor, params: Params, target: Size) -> Tensor:
         return as_bytes(self.batch(image[None] / 255, params))[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepclust.data.random import uniforms
-from deepclust.data.view_base import Color, Erase, Geometric, Op, Params, Pixel, Size, integers, warp
+from deepclust.data.view_base import Color, Erase, Feature, Geometric, Op, Params, Pixel, Size, integers, warp
 from deepclust.data.view_mix import RandomOps
 from deepclust.data.view_ops import check_augment, make_ops
 from deepclust.data.view_pixels import Identity
@@ -65,10 +65,12 @@ class ViewTransform:
     def batch(self, images: Tensor, keys: Tensor) -> Tensor:
         """(B, C, H, W) uint8 images and (B,) int64 keys to (B, C, h, w) float32 views on the images' device.
 
+        Float input is features (B, D, 1, 1), which are not scaled.
+
         Parameters are drawn on the CPU, whatever the device: they are few, and equal everywhere.
         """
         u = uniforms(keys.cpu(), self.num_uniforms)
-        views = images.to(torch.float32).mul_(1 / 255)
+        views = _floats(images)
         for group in self.groups:
             if not isinstance(group[0].op, Erase):
                 views = _apply(views, group, u, self.size)
@@ -79,14 +81,14 @@ class ViewTransform:
         return views
 
     def sample(self, image: Tensor, key: int) -> Tensor:
-        """One (C, H, W) uint8 image to a (C, h, w) float32 view."""
+        """One (C, H, W) uint8 image, or (D, 1, 1) float32 features, to a (C, h, w) float32 view."""
         u = uniforms(torch.tensor([key]), self.num_uniforms)
         row = u[0].tolist()
         drawn = [item for item in self.planned if item.chosen(row)]
         for item in drawn:
             if not isinstance(item.op, Erase):
                 image = item.op.sample(image, item.draw(u, (image.shape[1], image.shape[2])), self.size)
-        view = self._normalise(image[None].to(torch.float32).mul_(1 / 255))
+        view = self._normalise(_floats(image[None]))
         for item in drawn:
             if isinstance(item.op, Erase):
                 view = item.op.batch(view, item.draw(u, (view.shape[2], view.shape[3])))
@@ -94,6 +96,12 @@ class ViewTransform:
 
     def _normalise(self, views: Tensor) -> Tensor:
         return views.mul_(self._scale.to(views.device)).add_(self._shift.to(views.device))
+
+
+def _floats(images: Tensor) -> Tensor:
+    """A float32 copy: bytes as numbers in [0, 1], features as they are."""
+    copy = images.to(torch.float32, copy=True)
+    return copy if images.is_floating_point() else copy.mul_(1 / 255)
 
 
 def build_views(augment: Mapping[str, Any], image_set: Images, names: Sequence[str]) -> dict[str, ViewTransform]:
@@ -111,7 +119,18 @@ def build_views(augment: Mapping[str, Any], image_set: Images, names: Sequence[s
             raise UserError(f"augment.views has no view {name!r}; {advice}")
         size = augment.get("size") or image_set.size
         built[name] = ViewTransform(views[name], size, image_set.mean, image_set.std, f"augment.views.{name}")
+        _refuse_other_kind(built[name], f"augment.views.{name}")
     return built
+
+
+def _refuse_other_kind(view: ViewTransform, where: str) -> None:
+    """UserError where operations on images are asked for a set of features, whose size is 1 x 1, or the reverse."""
+    features = view.size == (1, 1)
+    for item in view.planned:
+        if isinstance(item.op, Feature) != features:
+            kinds = ("features", "images") if features else ("images", "features")
+            advice = "choose augment=features" if features else "choose another augment"
+            raise UserError(f"{where}: {type(item.op).__name__} is for {kinds[1]}, the data are {kinds[0]}; {advice}")
 
 
 class _Choice(NamedTuple):

@@ -1,0 +1,106 @@
+"""Features instead of images: rows of a file, on which heads train with no image in sight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepclust.data.arrays import as_labels, load_array
+from deepclust.data.folders import NO_SPLIT, by_protocol
+from deepclust.data.image_set import ImageData, as_classes, set_of_arrays
+from deepclust.errors import UserError
+
+
+def features(
+    file: str, labels: str | None = None, protocol: Literal["transductive", "inductive"] = "transductive"
+) -> ImageData:
+    """Feature vectors of a .npy, .npz or .safetensors file; goes with `backbone=identity`.
+
+    file: an array (N, D) of any real dtype, called `features` (or `x`, or the only one) where the file holds several;
+    beside it a file may hold `labels` (N,), `splits` (N,) with the names of splits and `paths` (N,) for clusters.csv.
+    labels: another file with them. protocol `inductive`: trains on split train, the rest is held out.
+
+    Raises:
+        UserError: no such file, another shape, or values that are not finite.
+    """
+    found = load_columns(file, "data.file")
+    if labels is not None:
+        found["labels"] = load_array(labels, "data.labels", ("labels", "y"))
+    name = Path(file).stem
+    return from_features(**found, name=name, protocol=protocol)
+
+
+def from_features(
+    features: np.ndarray | Tensor,
+    labels: Sequence[Any] | np.ndarray | Tensor | None = None,
+    splits: Sequence[str] | np.ndarray | None = None,
+    paths: Sequence[str] | np.ndarray | None = None,
+    name: str = "features",
+    protocol: str = "transductive",
+) -> ImageData:
+    """The same from arrays: features (N, D), N >= 2, kept as float32."""
+    rows = as_features(features)
+    splits = [NO_SPLIT] * len(rows) if splits is None else _texts("splits", splits, len(rows))
+    classes, class_names = (None, []) if labels is None else as_classes(as_labels(labels, len(rows)))
+    everything = set_of_arrays(name, rows, splits, classes, class_names)
+    if paths is not None:
+        everything.paths = _texts("paths", paths, len(rows))
+    return by_protocol(name, everything, protocol)
+
+
+def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:
+    """(N, D) real numbers to (N, D, 1, 1) float32. Raises UserError for other shapes and for what is not finite."""
+    values = torch.as_tensor(features)
+    if values.ndim != 2 or len(values) < least or not values.shape[1] or values.is_complex():
+        raise UserError(f"features: {values.dtype} of shape {tuple(values.shape)}; expected (N, D) with N >= {least}.")
+    rows = values.detach().cpu().float()
+    bad = (~rows.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(f"features: NaN or infinite values in {len(bad)} of {len(rows)} rows, first {bad[:5]}.")
+    return rows.contiguous()[:, :, None, None]
+
+
+def load_columns(file: str, key: str) -> dict[str, np.ndarray]:
+    """What `features` reads from a file: `features`, and those of `labels`, `splits`, `paths` that are there."""
+    path = Path(os.path.expanduser(file))
+    if path.suffix == ".safetensors" and path.is_file():
+        return _from_safetensors(path, f"{key}={file}")
+    found = {"features": load_array(file, key, ("features", "x"))}
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as content:
+            names = {"labels": ("labels", "y"), "splits": ("splits",), "paths": ("paths",)}
+            for column, options in names.items():
+                name = next((name for name in options if name in content.files), None)
+                if name is not None:
+                    found[column] = content[name]
+    return found
+
+
+def _from_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
+    """Tensors `features` (or the only one) and `labels`; this format holds no text."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]}).") from error
+    if "features" not in content and len(content) == 1:
+        content = {"features": next(iter(content.values()))}
+    if "features" not in content:
+        raise UserError(f"{where}: holds {', '.join(content)}; expected a tensor called features.")
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in content.items()}
+    return {name: wide[name].numpy() for name in ("features", "labels") if name in wide}
+
+
+def _texts(name: str, values: Any, count: int) -> list[str]:
+    texts = [str(value) for value in values]
+    if len(texts) != count:
+        raise UserError(f"{name}: {len(texts)} entries; expected {count}, one for each row of features.")
+    return texts
