@@ -19,7 +19,7 @@ import torch
 
 from deepclust import checkpoint, distributed, results, resume
 from deepclust.config import RunConfig, Stage, build
-from deepclust.data.image_set import ImageData
+from deepclust.data.image_set import ImageData, ImageSet
 from deepclust.data.random import sample_keys
 from deepclust.data.views import build_views
 from deepclust.distributed import World
@@ -91,7 +91,8 @@ def train(config: RunConfig, data: ImageData | None = None) -> int:
         assert data is not None
         num_clusters = resume.number_of_clusters(config, data)
         with RunFolder.open(config.folder(), new=config.run.new or config.resume == "never", rank=world.rank) as folder:
-            fingerprint = data.train.fingerprint()
+            resume.check_extra_images(config, data)
+            fingerprint = data.fingerprint()
             if resume.nothing_to_do(config, folder, world, fingerprint):
                 return FINISHED
             found, notes = resume.newest(config, world, folder, fingerprint)
@@ -204,13 +205,13 @@ def _fit(run: Run, stage: Stage, trainer: Trainer, save: Any) -> None:
         raise UserError(
             f"stages.{stage.name}.trainer: a micro batch of one image has no batch statistics; use at least two images "
             f"per process and micro batch (batch_size={stage.trainer.batch_size}, micro_batches="
-            f"{stage.trainer.micro_batches}, {run.world.size} process(es), {len(run.data.train)} images)"
+            f"{stage.trainer.micro_batches}, {run.world.size} process(es), {len(trainer.images)} images)"
         ) from error
 
 
 def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> Trainer:
     """Backbone and head as configured; weights of the previous stage where there is one."""
-    config, images = run.config, run.data.train
+    config, images = run.config, run.data.training_images(stage.trainer.extra_images)
     torch.manual_seed(int(sample_keys(config.seed, number, 0, torch.zeros(1).long(), -3)) % 2**63)
     network = build_network(
         config.backbone,
@@ -228,7 +229,7 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
     names = dict.fromkeys(["clean", *(view.augment for view in network.head.views)])
     view = _view(run, stage, network)
     size = view["view_size"] if isinstance(view["view_size"], list) else [view["view_size"]] * 2
-    seen = dataclasses.replace(images, size=tuple(size), mean=tuple(view["mean"]), std=tuple(view["std"]))
+    seen = dataclasses.replace(run.data.train, size=tuple(size), mean=tuple(view["mean"]), std=tuple(view["std"]))
     return Trainer(
         network.backbone,
         network.head,
@@ -239,7 +240,7 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
         seed=config.seed,
         stage=number,
         world=run.world,
-        hooks=_hooks(run, stage),
+        hooks=_hooks(run, stage, images),
     )
 
 
@@ -262,7 +263,7 @@ def _view(run: Run, stage: Stage, network: Network) -> dict[str, Any]:
     }
 
 
-def _hooks(run: Run, stage: Stage) -> Hooks:
+def _hooks(run: Run, stage: Stage, images: ImageSet) -> Hooks:
     alarm = CollapseAlarm(stage.name)
 
     def log(metrics: dict[str, float], progress: Progress) -> None:
@@ -276,7 +277,7 @@ def _hooks(run: Run, stage: Stage) -> Hooks:
         run.folder.status(state, stage.name, progress.epoch, progress.step)
 
     def failure(sample: int, reason: str) -> None:
-        run.tell(f"{run.data.train.paths[sample]} could not be read and is left out of this batch: {reason}", "warning")
+        run.tell(f"{images.paths[sample]} could not be read and is left out of this batch: {reason}", "warning")
 
     return Hooks(
         log=log,
@@ -295,7 +296,7 @@ def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
     """Clusters of all images by this stage; a pretext's are read by k-means from its features."""
     run.folder.status("evaluating", stage.name, step=trainer.step)
     network, head_node, reads = trainer.evaluated, stage.head, None
-    features, rows = trainer.features()
+    features, rows = trainer.features(run.data.train)
     if not network.head.clusters:
         head_node, reads = KMEANS_NODE, "k-means"
         head = KMeansHead(features.shape[1], run.num_clusters)

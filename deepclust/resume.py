@@ -131,3 +131,14 @@ def number_of_clusters(config: RunConfig, data: ImageData) -> int:
         most = f"the {len(data.train)} images of {data.name}"
         raise UserError(f"num_clusters={num} is more than {most}; give at most as many")
     return num
+
+
+def check_extra_images(config: RunConfig, data: ImageData) -> None:
+    """Raises UserError where a stage wants extra images that the data does not hold, or holds any that none wants."""
+    wanting = [name for name, stage in config.stages.items() if stage.trainer.extra_images]
+    if wanting and data.extra is None:
+        advice = "data=stl10 has some with data.extra=true" if data.name != "stl10" else "say data.extra=true"
+        raise UserError(f"stages.{wanting[0]}.trainer.extra_images=true: {data.name} holds no extra images; {advice}")
+    if data.extra is not None and not wanting:
+        place = f"stages.{next(iter(config.stages))}.trainer.extra_images=true"
+        raise UserError(f"data.extra=true would do nothing: no stage trains on the extra images; say {place}")

@@ -56,6 +56,7 @@ class TrainerSettings:
     """One stage's loop. Steps count macro batches.
 
     num_images: length of the stage in images seen, in place of `epochs`: small sets get many passes, large ones few.
+    extra_images: also trains on what the data set has besides the images to cluster (`data=stl10 data.extra=true`).
     batch_size: rows of one macro batch over all ranks. micro_batches: equal parts it is cut into for the gradients.
     max_steps: stops the stage early (for trying things out); the schedule still spans `epochs`.
     ema: decay of the stage's teacher, None for no teacher. ema_mode `reference`: as in SCAN's code, see `Stepper`.
@@ -67,6 +68,7 @@ class TrainerSettings:
     epochs: Count = 50
     num_images: Count | None = None
     max_steps: Count | None = None
+    extra_images: bool = False
     batch_size: Count = 256
     micro_batches: Count = 1
     ema: Decay | None = None

@@ -231,3 +231,21 @@ def test_held_out_images_are_clustered_and_reported_apart(tmp_path):
     assert [row["split"] for row in rows[60:]] == ["test"] * 20 and all(row["cluster"] for row in rows)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "acc" in summary["stages"]["scan"]["test"]
+
+
+def test_a_stage_may_train_on_extra_images_which_are_not_clustered(tmp_path, monkeypatch):
+    data, more = small_data(), "stages.pretext.trainer.extra_images=true"
+    data.extra = from_arrays(digits().train.images[60:100].numpy()).train
+    with pytest.raises(UserError, match=r"would do nothing.*stages\.pretext\.trainer\.extra_images=true"):
+        small_run(tmp_path / "no", data=data)
+    with pytest.raises(UserError, match=r"extra_images=true: arrays holds no extra images.*data\.extra=true"):
+        small_run(tmp_path / "no", more)
+    assert small_run(tmp_path / "whole", more, data=data) == 0
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["pretext"] * 10 + ["scan"] * 6 + ["selflabel"] * 6
+    assert (tmp_path / "whole/clusters.csv").read_text().count("\n") == 61
+    stop_at(monkeypatch, 5)
+    assert small_run(tmp_path / "stopped", more, data=data) == 143
+    monkeypatch.undo()
+    assert small_run(tmp_path / "stopped", more, data=data) == 0
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")

@@ -115,12 +115,19 @@ def stl10(
     split: Literal["train", "test", "all", "unlabeled"] = "train",
     protocol: Literal["transductive", "inductive"] = "inductive",
     download: bool = False,
+    extra: bool = False,
 ) -> ImageData:
     """STL-10 (Coates et al. 2011): 96 x 96 RGB, 10 classes; 5,000 train, 8,000 test and 100,000 unlabelled images.
 
-    `all` is train and test together; `unlabeled` has no classes and needs protocol=transductive.
+    `all` is train and test together; `unlabeled` has no classes and needs protocol=transductive. extra: also reads the
+    unlabelled images (2.8 GB), for the stages with `trainer.extra_images`, as SCAN's pretext has it.
     """
-    return _torchvision("stl10", "STL10", root, _splits_for(split, protocol), protocol, download)
+    data = _torchvision("stl10", "STL10", root, _splits_for(split, protocol), protocol, download)
+    if extra:
+        if split == "unlabeled":
+            raise UserError("data.extra=true with data.split=unlabeled: these images are trained on already.")
+        data.extra = _torchvision("stl10", "STL10", root, ["unlabeled"], "transductive", False).train
+    return data
 
 
 def _splits_for(split: str, protocol: str) -> list[str]:

@@ -106,17 +106,43 @@ class ImageSet:
 
 @dataclass(eq=False)
 class ImageData:
-    """What a run is given. train: is trained on and clustered. test: held out, only with protocol `inductive`."""
+    """What a run is given. train: is trained on and clustered. test: held out, only with protocol `inductive`.
+
+    extra: images that are only trained on, by stages with `trainer.extra_images`.
+    """
 
     train: ImageSet
     test: ImageSet | None = None
     protocol: Literal["transductive", "inductive"] = "transductive"
     name: str = ""
+    extra: ImageSet | None = None
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes among the training images, None where they have no labels."""
         return None if self.train.classes is None else len(np.unique(self.train.classes))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images that are trained on."""
+        own = self.train.fingerprint()
+        return own if self.extra is None else hashlib.sha256((own + self.extra.fingerprint()).encode()).hexdigest()
+
+    def training_images(self, extra: bool) -> ImageSet:
+        """The train images, as rows 0..N-1, and the extra ones behind them if asked for; without classes then."""
+        if self.extra is None or not extra:
+            return self.train
+        first, more = self.train, self.extra
+        if first.images is None or more.images is None:
+            raise ValueError("both parts must be in memory")
+        return replace(
+            first,
+            ids=np.arange(len(first) + len(more)),
+            paths=first.paths + more.paths,
+            splits=np.concatenate([first.splits, more.splits]),
+            images=torch.cat([first.images, more.images]),
+            classes=None,
+            class_names=[],
+        )
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

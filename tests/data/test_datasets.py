@@ -189,3 +189,11 @@ def test_stl10_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert data.test is not None and names(data.test)[:2] == ["class 5", "class 6"]
     unlabelled = datasets.stl10(str(tmp_path), split="unlabeled", protocol="transductive")
     assert len(unlabelled.train) == 12 and unlabelled.train.classes is None and unlabelled.num_classes is None
+    both = datasets.stl10(str(tmp_path), extra=True)
+    assert both.extra is not None and both.num_classes == 5 and both.fingerprint() != data.fingerprint()
+    images = both.training_images(True)
+    assert images.images is not None and (images.images.numpy() == np.concatenate([pixels[:5], pixels])).all()
+    assert images.classes is None and images.paths[4:6] == ["train/4", "unlabeled/0"] and len(images) == 17
+    assert both.training_images(False) is both.train and images.mean == both.train.mean
+    with pytest.raises(UserError, match=r"data.extra=true with data.split=unlabeled"):
+        datasets.stl10(str(tmp_path), split="unlabeled", protocol="transductive", extra=True)

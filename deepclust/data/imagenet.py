@@ -1,0 +1,179 @@
+"""ImageNet, the subsets of it that clustering papers use, and Tiny-ImageNet, from folders on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from deepclust.data.folders import Listing, check_folder, list_folder, load_files
+from deepclust.data.image_set import ImageData
+from deepclust.errors import UserError
+from deepclust.schema import Count, Natural
+from deepclust.signatures import near
+
+FIFTY = """
+n01601694 n01669191 n01755581 n01770393 n01855672 n02018207 n02058221 n02096177 n02097130 n02099267 n02100877
+n02104365 n02106030 n02114855 n02125311 n02133161 n02484975 n02489166 n02747177 n02906734 n03124170 n03272010
+n03337140 n03483316 n03498962 n03710721 n03717622 n03733281 n03759954 n03775071 n03814639 n03837869 n03838899
+n03854065 n03954731 n03983396 n04026417 n04200800 n04209239 n04311004 n04380533 n04428191 n04443257 n04509417
+n04525305 n04554684 n04606251 n07583066 n07711569 n07753592
+"""
+HUNDRED = """
+n01558993 n01751748 n01756291 n01871265 n02037110 n02087046 n02088632 n02093256 n02093754 n02094114 n02097298
+n02105855 n02106166 n02107142 n02110341 n02120079 n02120505 n02128385 n02277742 n02325366 n02364673 n02708093
+n02835271 n02909870 n03085013 n03127747 n03160309 n03255030 n03291819 n03450230 n03530642 n03623198 n03649909
+n03929855 n03930313 n03956157 n04004767 n04065272 n04235860 n04325704 n04336792 n04346328 n04458633 n04483307
+n04515003 n04591157 n04592741 n07613480 n07693725 n11879895
+"""
+TWO_HUNDRED = """
+n01443537 n01514668 n01770081 n01773797 n01775062 n01806143 n01819313 n01917289 n02002724 n02028035 n02033041
+n02088094 n02090622 n02091134 n02093859 n02096294 n02099849 n02100735 n02105251 n02107683 n02110185 n02111889
+n02113799 n02123597 n02129165 n02130308 n02219486 n02229544 n02342885 n02437616 n02454379 n02488702 n02492660
+n02510455 n02536864 n02643566 n02655020 n02666196 n02730930 n02769748 n02783161 n02791124 n02794156 n02804414
+n02804610 n02837789 n02865351 n02877765 n02910353 n02916936 n02977058 n02978881 n02981792 n02992211 n03063599
+n03134739 n03208938 n03347037 n03355925 n03445924 n03447447 n03447721 n03457902 n03599486 n03617480 n03627232
+n03763968 n03764736 n03782006 n03841143 n03868863 n03874293 n03877845 n03976467 n03976657 n04146614 n04238763
+n04252077 n04263257 n04264628 n04265275 n04266014 n04275548 n04330267 n04332243 n04335435 n04350905 n04366367
+n04367480 n04392985 n04479046 n04532106 n04579145 n04604644 n07584110 n07615774 n07684084 n07714990 n07749582
+n09288635
+"""
+TEN = """
+n04467665 n07747607 n02692877 n04254680 n02690373 n03095699 n02128757 n04285008 n02085936 n02056570
+"""
+DOGS = """
+n02107142 n02110958 n02112137 n02099601 n02105056 n02105855 n02101388 n02101556 n02105412 n02102177 n02086646
+n02088238 n02085936 n02097130 n02091467
+"""
+SUBSETS: dict[str, Sequence[str]] = {
+    "imagenet10": sorted(TEN.split()),
+    "imagenet50": FIFTY.split(),
+    "imagenet100": sorted((FIFTY + HUNDRED).split()),
+    "imagenet200": sorted((FIFTY + HUNDRED + TWO_HUNDRED).split()),
+    "imagenet_dogs": sorted(DOGS.split()),
+}
+"""WordNet ids of classes. ImageNet-50, -100 and -200: those of SCAN (Van Gansbeke et al. 2020), each within the next.
+ImageNet-10 and the 15 Dogs: those of DAC (Chang et al. 2017)."""
+FOLDERS = {"train": ("train", "ILSVRC2012_img_train"), "val": ("val", "ILSVRC2012_img_val", "validation")}
+TINY = "tiny-imagenet-200"
+
+
+def imagenet(
+    root: str = "data/imagenet",
+    subset: str = "all",
+    split: Literal["train", "val", "all"] = "train",
+    protocol: Literal["transductive", "inductive"] = "inductive",
+    size: Count = 256,
+    memory_mb: Natural = 2048,
+) -> ImageData:
+    """ImageNet (ILSVRC 2012) from `root`/train and `root`/val, which hold a folder per class, named by its WordNet id.
+
+    subset: `all`, a name of `SUBSETS`, or a text file with a WordNet id per line (what follows it is not read).
+    protocol `inductive`, with split train: the val split is held out. size: shorter side in px after resizing; then the
+    centre is cropped, before any random view (SCAN's code crops after it). memory_mb: as for `image_folder`.
+
+    Raises:
+        UserError: no such folder or subset, or a class of it without a folder.
+    """
+    home = check_folder(root)
+    wanted = _classes_of(subset)
+    listing = Listing(home, [])
+    for name in _splits_for(split, protocol):
+        place = next((place for place in FOLDERS[name] if (home / place).is_dir()), None)
+        if place is None:
+            raise UserError(f"data.root={root}: there is no folder {' or '.join(FOLDERS[name])} in it. {LAYOUT}")
+        there = sorted(entry.name for entry in os.scandir(home / place) if entry.is_dir())
+        missing = sorted(set(wanted) - set(there))
+        if missing or not there:
+            short = (
+                f"{len(missing)} of {len(wanted)} classes, {', '.join(missing[:3])} first,"
+                if missing
+                else "all classes"
+            )
+            raise UserError(f"{home / place}: {short} have no folder there. {LAYOUT}")
+        for wnid in wanted or there:
+            _add(listing, list_folder(str(home / place / wnid)), f"{place}/{wnid}", wnid, name)
+    return load_files("imagenet" if subset == "all" else Path(subset).stem, listing, size, 3, memory_mb, protocol)
+
+
+LAYOUT = (
+    "Wanted: train/n01440764/*.JPEG and val/n01440764/*.JPEG, a folder per class.\n"
+    "The official archives come from image-net.org (an account is needed); "
+    "torchvision.datasets.ImageNet(root, split='val') unpacks them so."
+)
+
+
+def _splits_for(split: str, protocol: str) -> list[str]:
+    if protocol == "inductive" and split != "train":
+        raise UserError(
+            f"data.split={split} with data.protocol=inductive: what is trained on must be data.split=train, "
+            "the val split is held out.\nUse data.protocol=transductive to train on this split and cluster it."
+        )
+    return ["train", "val"] if protocol == "inductive" or split == "all" else [split]
+
+
+def _classes_of(subset: str) -> list[str]:
+    """WordNet ids; none for `all`."""
+    if subset == "all" or subset in SUBSETS:
+        return list(SUBSETS.get(subset, []))
+    path = Path(os.path.expanduser(subset))
+    if not path.is_file():
+        close = near(subset, SUBSETS)
+        advice = f"did you mean {close}?" if close else f"names are all, {', '.join(SUBSETS)}"
+        raise UserError(f"data.subset={subset}: neither a subset's name nor a text file; {advice}")
+    try:
+        found = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.subset={subset}: cannot be read as UTF-8 text ({error}).") from error
+    if len(set(found)) < 2:
+        raise UserError(f"data.subset={subset}: names fewer than two classes; give one WordNet id per line.")
+    return sorted(set(found))
+
+
+def _add(listing: Listing, more: Listing, below: str, label: str, split: str) -> None:
+    """Appends the files of a folder that lies `below` the listing's root."""
+    listing.paths += [f"{below}/{path}" for path in more.paths]
+    listing.labels += [label] * len(more.paths)
+    listing.splits += [split] * len(more.paths)
+    listing.num_ignored += more.num_ignored
+
+
+def tiny_imagenet(
+    root: str = "data",
+    split: Literal["train", "val", "all"] = "train",
+    protocol: Literal["transductive", "inductive"] = "transductive",
+    size: Count = 64,
+    memory_mb: Natural = 2048,
+) -> ImageData:
+    """Tiny-ImageNet: 64 x 64 RGB, 200 classes, 100,000 train and 10,000 val images, as its archive unpacks.
+
+    root: the folder tiny-imagenet-200, or the one that holds it. The val images lie in one folder, and
+    val_annotations.txt names their classes; a val folder sorted into one folder per class is read as well. The test
+    images have no labels and are left out. By default the train images are trained on and clustered.
+
+    Raises:
+        UserError: no such folder or file, or a val image without a class.
+    """
+    home = check_folder(root)
+    home = home / TINY if (home / TINY).is_dir() else home
+    listing = Listing(home, [])
+    for name in _splits_for(split, protocol):
+        if not (home / name).is_dir():
+            raise UserError(f"data.root={root}: there is no folder {name} in {home}; give the folder {TINY}.")
+        found = list_folder(str(home / name))
+        sheet = home / name / "val_annotations.txt"
+        classes = _val_classes(sheet) if sheet.is_file() else {}
+        for path in found.paths:
+            first, _, rest = path.partition("/")
+            wnid = classes.get(rest or first, first) if first == "images" else first
+            if wnid in ("images", path):
+                raise UserError(f"{home / name / path} has no class: it is not in {sheet}. Unpack the archive again.")
+            _add(listing, Listing(home, [path]), name, wnid, name)
+    return load_files("tiny_imagenet", listing, size, 3, memory_mb, protocol)
+
+
+def _val_classes(sheet: Path) -> dict[str, str]:
+    """File name to WordNet id, from lines of a name, an id and a box, divided by tabs."""
+    rows = (line.split("\t") for line in sheet.read_text(encoding="utf-8").splitlines())
+    return {row[0]: row[1] for row in rows if len(row) > 1}
