@@ -310,8 +310,7 @@ def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
     before = run.done[-1] if run.done else None
     first = run.done[0] if run.done else result
     if run.world.is_main:
-        graph = results.neighbor_graph(first.train.features, run.config.eval.graph_neighbors)
-        results.score_stage(result, run.data, run.num_clusters, graph, before, run.config.eval)
+        results.score_stage(result, first, before, run.data, run.num_clusters, run.config.eval)
         if reads:
             result.scores["reads"] = reads
         alarm = CollapseAlarm(stage.name)

@@ -24,8 +24,10 @@ from deepclust.ops import knn
 from deepclust.report import write_report
 from deepclust.report.gallery import make_galleries
 from deepclust.report.plots import metric_curves
+from deepclust.report.reliability import trust_table, trust_words
 from deepclust.run_folder import RunFolder
 from deepclust.settings import EvalSettings
+from deepclust.trust import SecondOpinions, ask, trust
 
 SCORES = ("acc", "nmi", "ari")
 
@@ -51,6 +53,15 @@ class StageResult:
     test: Split | None
     seconds: float
     scores: dict[str, Any] = field(default_factory=dict)
+    ground: Ground | None = None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What the first stage's features give to measure every stage by: neighbours (N, k) and independent clusterings."""
+
+    graph: np.ndarray
+    opinions: SecondOpinions | None
 
 
 def predict_split(network: Network, features: torch.Tensor, rows: torch.Tensor) -> Split:
@@ -69,15 +80,23 @@ def neighbor_graph(features: np.ndarray, num_neighbors: int) -> np.ndarray:
     return graph.numpy()
 
 
+def ground_of(features: np.ndarray, num_clusters: int, settings: EvalSettings) -> Ground:
+    """What the first stage's features (N, D) give to measure every stage by."""
+    opinions = ask(features, num_clusters) if settings.calibration else None
+    return Ground(neighbor_graph(features, settings.graph_neighbors), opinions)
+
+
 def score_stage(
     result: StageResult,
+    first: StageResult,
+    before: StageResult | None,
     data: ImageData,
     num_clusters: int,
-    graph: np.ndarray,
-    before: StageResult | None,
     settings: EvalSettings,
 ) -> None:
-    """Fills `scores`: label-free ones always, the others where there are labels."""
+    """Fills `scores`: label-free ones always, the others where there are labels. first, before: stages before it."""
+    first.ground = ground = first.ground or ground_of(first.train.features, num_clusters, settings)
+    graph = ground.graph
     previous = None if before is None else before.train.clusters
     if previous is not None and len(previous) != len(result.train.clusters):
         previous = None
@@ -95,6 +114,10 @@ def score_stage(
     )
     scores.update(_labelled_scores(result.train, data.train, None))
     classes = _classes(data.train, result.train)
+    if same_rows and ground.opinions is not None:
+        scores["calibration"] = _plain(
+            trust(result.network, result.train.features, classes, ground.opinions, num_clusters)
+        )
     if classes is not None and settings.probes:
         scores["knn_probe"] = knn_probe(result.train.features, classes)
         scores["linear_probe"] = linear_probe(result.train.features, classes)
@@ -206,6 +229,11 @@ def show(loggers: Loggers, folder: RunFolder, summary: Mapping[str, Any]) -> Non
     what = f"{summary['num_images']} images, {summary['num_clusters']} clusters"
     loggers.table(f"{summary['data']}: {what}, {summary['seconds']:.0f} s", columns, rows)
     loggers.message(summary["why"])
+    calibration = summary["stages"][summary["kept_stage"]].get("calibration")
+    if calibration is not None:
+        if calibration["scores"]:
+            loggers.table(f"Confidences of {summary['kept_stage']}, % but for Brier and NLL", *trust_table(calibration))
+        loggers.message(trust_words(calibration))
     files = (("clusters", "clusters.csv"), ("report", "report.html"), ("model", "model.safetensors"))
     loggers.message("\n".join(f"{word + ':':<10}{folder.path / name}" for word, name in files))
 

@@ -128,12 +128,14 @@ class EvalSettings:
 
     baselines: `all`, `none` or a list of kmeans, gmm, spectral, tsne_gmm, pixels; fitted on at most `baseline_samples`.
     graph_neighbors: neighbours per image in the pretext's fixed graph, on which stages are compared.
+    calibration: whether confidences are held against labels, where there are some, and against independent clusterings.
     """
 
     baselines: Literal["all", "none"] | list[Literal["kmeans", "gmm", "spectral", "tsne_gmm", "pixels"]] = "all"
     baseline_samples: Count = 5000
     graph_neighbors: Count = 10
     probes: bool = True
+    calibration: bool = True
     gallery_images: Count = 24
 
 

@@ -198,6 +198,10 @@ class Head(nn.Module):
         """(B, D) features to (B, K) probabilities of sub-head `best`. A pretext raises NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} learns features, it predicts no clusters")
 
+    def uncalibrated(self, z: Tensor) -> Tensor:
+        """(B, D) to (B, K) probabilities before calibration: `predict`, unless a head calibrates."""
+        return self.predict(z)
+
     @property
     def clusters(self) -> bool:
         """Whether `predict` gives clusters (False for a pretext)."""

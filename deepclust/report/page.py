@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from deepclust.eval.metrics import BY_CLASS, LONG_TAILED
 from deepclust.report.gallery import Gallery, galleries_html
 from deepclust.report.plots import curve, size_bars
+from deepclust.report.reliability import reliability_section
 from deepclust.run_folder import write_atomic
 
 BASELINES = {
@@ -70,6 +71,7 @@ def write_report(
     sections = [
         _section("Results", _results(summary)),
         _section("Notes", _list(notes)),
+        _section("Confidences", reliability_section(_kept(summary).get("calibration"))),
         _section("Cluster sizes", size_bars([(g.cluster, g.size) for g in shown]) if shown else ""),
         _section("Clusters", galleries_html(shown) if shown else ""),
         _section("Training", "".join(curve(name, *values) for name, values in (curves or {}).items()), "curves"),
@@ -96,9 +98,14 @@ def _section(title: str, body: str, kind: str = "") -> str:
     return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2><div class="{kind}">{body}</div></section>\n'
 
 
+def _kept(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Figures of the stage that was kept."""
+    return (summary.get("stages") or {}).get(summary.get("kept_stage"), {})
+
+
 def _headline(summary: Mapping[str, Any]) -> str:
     """The figures to see first: those of the stage that was kept, then what the run took."""
-    kept = (summary.get("stages") or {}).get(summary.get("kept_stage"), {})
+    kept = _kept(summary)
     figures = [("Images", summary.get("num_images")), ("Clusters", summary.get("num_clusters"))]
     cards = [(label, f"{value:,}") for label, value in figures if value is not None]
     shown = ("acc", "macro_acc", "nmi", "ari") if _long_tailed(summary) else ("acc", "nmi", "ari")
@@ -167,7 +174,7 @@ def _results(summary: Mapping[str, Any]) -> str:
         return ""
     remarks = {
         "neighbor_agreement": "Agreement: neighbours in the first stage's features that share a cluster, above chance.",
-        "acc": "Labels were read for ACC, NMI and ARI alone: they took no part in training or in any choice.",
+        "acc": "Labels were read for such scores alone: they took no part in training or in any choice.",
         "tail_acc": "Macro: means over classes. Head, medium, tail: mean recall of the 30 % most frequent classes of "
         "the training set, the next 40 % and the 30 % rarest.",
     }
