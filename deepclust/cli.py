@@ -271,14 +271,14 @@ def predict(words: list[str]) -> int:
 
 
 def doctor(words: list[str]) -> int:
-    """`doctor`: what this machine has, and whether a run could work here."""
-    _Parser("deepclust doctor", description="What this machine has, and whether a run could work here.").parse_args(
-        words
-    )
+    """`doctor [--gpu]`: what this machine has, and whether a run could work here."""
+    parser = _Parser("deepclust doctor", description="What this machine has, and whether a run could work here.")
+    parser.add_argument("--gpu", action="store_true", help="also check and time k-means on the GPU, in two minutes")
+    asked = parser.parse_args(words)
     from deepclust.doctor import findings
 
     faults = 0
-    for what, text, good in findings():
+    for what, text, good in findings(gpu=asked.gpu):
         print(f"{'ok  ' if good else 'BAD '} {what:<14} {text}")
         faults += not good
     return FAILED if faults else OK
@@ -289,7 +289,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "predict": (predict, "predict RUN IMAGES [-o clusters.csv]", "clusters of new images"),
     "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
     "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),
-    "doctor": (doctor, "doctor", "versions, device, precision, disk"),
+    "doctor": (doctor, "doctor [--gpu]", "versions, device, precision, disk; kernels on the GPU"),
 }
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ PACKAGES = ("deepclust", "torch", "torchvision", "timm", "hydra-core", "numpy", 
 Finding = tuple[str, str, bool]
 
 
-def findings() -> Iterator[Finding]:
-    """(what, in words, whether it is good enough for a run), one after another. Imports torch."""
+def findings(gpu: bool = False) -> Iterator[Finding]:
+    """(what, in words, whether it is good enough for a run), one after another. Imports torch.
+
+    gpu: k-means on the GPU as well.
+    """
     yield "python", f"{platform.python_version()} on {platform.platform()}", True
     versions = {name: _version(name) for name in PACKAGES}
     yield "packages", ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()), True
@@ -30,6 +33,10 @@ def findings() -> Iterator[Finding]:
     except ImportError as error:
         yield "torch", f"cannot be imported ({error}); install deepclust again", False
     yield _disk()
+    if gpu:
+        from deepclust.doctor_gpu import gpu_findings
+
+        yield from gpu_findings()
 
 
 def _version(package: str) -> str | None:

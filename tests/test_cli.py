@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -184,6 +185,27 @@ def test_doctor_says_what_is_there(capsys, tmp_path, monkeypatch):
     text = capsys.readouterr().out
     assert all(f" {what} " in text for what in ("python", "packages", "conf", "device", "bfloat16", "threads", "disk"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_without_a_gpu_says_so_in_one_sentence(capsys, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--gpu"]) == FAILED
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
+    assert len(lines) == 1 and "no CUDA device is visible to torch here" in lines[0]
+
+
+def test_doctor_checks_the_kernels_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "deepclust.cli", "doctor", "--gpu"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(CHECKOUT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == OK, done.stdout + done.stderr
+    assert "tf32" in done.stdout and "96 x 16, k 8, triton: labels right" in done.stdout
+    assert "triton: sums right" in done.stdout
 
 
 def test_checkpoints_are_verified_and_digested(tmp_path, capsys):

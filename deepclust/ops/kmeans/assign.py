@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepclust.ops.kmeans.gpu import GPU_BACKENDS, chunk_for, gpu_backend, has_triton
+
 Assign = Callable[[Tensor, Tensor], None]
 """(block (B, D), labels (B,) int64, written)."""
 Backend = Callable[[Tensor, "Tensor | None", int], Assign]
@@ -28,8 +30,10 @@ def bias_of(centroids: Tensor, spherical: bool) -> Tensor | None:
     return None if spherical else centroids.square().sum(1).mul_(-0.5)
 
 
-def rows_at_a_time(num_clusters: int, dim: int) -> int:
+def rows_at_a_time(num_clusters: int, dim: int, device: torch.device) -> int:
     """Rows whose scores stay in the second-level cache; long rows repay packing the centroids only in larger lots."""
+    if device.type == "cuda":
+        return chunk_for(num_clusters, device)
     return max(min(4096, (1 << 18) // num_clusters), min(1024, max(256, 2 * dim)))
 
 
@@ -91,9 +95,11 @@ def backend_for(name: str, device: torch.device) -> Backend:
         ValueError: unknown name, or one that does not work here.
     """
     if name == "auto":
-        name = "numpy" if device.type == "cpu" else "torch"
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
+        name = "numpy" if device.type == "cpu" else "triton" if has_triton(device) else "torch"
+    if name not in (*BACKENDS, *GPU_BACKENDS):
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join((*BACKENDS, *GPU_BACKENDS))}")
+    if name in GPU_BACKENDS or (name == "faiss" and device.type == "cuda" and find_spec("faiss") is not None):
+        return gpu_backend(name, device, by_torch)
     if name in ("numpy", "fastest", "faiss") and device.type != "cpu":
         raise ValueError(f"backend={name!r}: works on the processor, the rows are on {device}")
     if name == "faiss" and find_spec("faiss") is None:

@@ -81,7 +81,8 @@ def kmeans(
         seed: makes the result repeatable; the global random state is neither read nor changed.
         group: process group whose ranks hold the rows in rank order, `x` being this rank's (it may have none).
         backend: "auto" repeats bit by bit on the same machine and threads; or one of "torch" (any device), "numpy",
-            "faiss" and "fastest" (processors; "fastest" times several products first and may differ in the last bits).
+            "faiss" and "fastest" (processors; "fastest" times several products first and may differ in the last bits),
+            "triton", "triton-tf32x3", "triton-tf32", "flash-kmeans" and "faiss" (CUDA; see `ops/kmeans/gpu.py`).
         on_iteration: called on every rank with the number of updates done; an exception from it ends the run.
 
     Raises:
@@ -136,7 +137,7 @@ def _solve(rows: Rows, num_clusters: int, init: Any, seed: int, settings: Settin
     backend = backend_for(settings.backend, rows.device)
 
     def assign(centroids: Tensor) -> Assign:
-        chunk_size = settings.chunk_size or rows_at_a_time(num_clusters, rows.dim)
+        chunk_size = settings.chunk_size or rows_at_a_time(num_clusters, rows.dim, rows.device)
         return backend(centroids, bias_of(centroids, rows.spherical), chunk_size)
 
     runs = []

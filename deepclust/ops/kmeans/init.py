@@ -72,7 +72,7 @@ def parallel_candidates(rows: Rows, num_clusters: int, seed: int, assign: Backen
 
 def _approach(rows: Rows, new: Tensor, first: int, nearest: Tensor, owner: Tensor, assign: Backend) -> None:
     """Lowers every row's squared distance to its nearest candidate, in place; `first` is the first new one's index."""
-    find = assign(new, bias_of(new, False), rows_at_a_time(len(new), rows.dim))
+    find = assign(new, bias_of(new, False), rows_at_a_time(len(new), rows.dim, rows.device))
     for start, block in rows.blocks():
         block = _directions(rows, block)
         part = torch.empty(len(block), dtype=torch.int64, device=rows.device)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from deepclust.ops.kmeans.assign import Assign
 from deepclust.ops.kmeans.bounds import GroupBounds
+from deepclust.ops.kmeans.gpu import sums_for
 from deepclust.ops.kmeans.ranks import draw
 from deepclust.ops.kmeans.rows import Rows
 from deepclust.ops.kmeans.step import AssignAt, final_step, lloyd_step
@@ -50,13 +51,13 @@ class Run:
 def lloyd(rows: Rows, centroids: Tensor, assign: Assigner, settings: Settings, seed: int) -> Run:
     """Iterates from `centroids` (K, D) until they move by no more than the tolerance or the iterations are used up."""
     labels = torch.zeros(rows.num, dtype=torch.int64, device=rows.device)
-    search = _search(rows, assign, len(centroids))
+    search, sums = _search(rows, assign, len(centroids)), sums_for(settings.backend, rows.device)
     if rows.spherical:
         centroids = F.normalize(centroids, dim=1)
     generator = torch.Generator().manual_seed(seed)
     iteration, num_empty, settled, still = 0, 0, False, False
     while iteration < settings.num_iters and not settled:
-        packed = lloyd_step(rows, search(centroids), len(centroids), labels)
+        packed = lloyd_step(rows, search(centroids), len(centroids), labels, sums)
         iteration += 1
         num_empty += int((packed[:, -1] <= 0).sum())
         moved = _move(rows, packed, centroids, settings, generator)

@@ -116,8 +116,9 @@ class Rows:
         self.unit = self.spherical
         for start, block in self.blocks():
             self.num = start + len(block)
-            for low in range(0, len(block), SLICE):
-                some = block[low : low + SLICE]
+            size = SLICE if block.device.type == "cpu" else len(block)
+            for low in range(0, len(block), size):
+                some = block[low : low + size]
                 square = torch.dot(some.view(-1), some.view(-1))
                 if not bool(torch.isfinite(square)):
                     norms = torch.linalg.vector_norm(some, dim=1)

@@ -13,26 +13,29 @@ from deepclust.ops.kmeans.rows import Rows
 
 AssignAt = Callable[[int, Tensor, Tensor], None]
 """(first row's index, block (B, D), labels (B,) int64, overwritten)."""
+Sums = Callable[[Tensor, Tensor, int, "Tensor | None"], tuple[Tensor, Tensor]]
+"""(rows (B, D), labels (B,), K, weights (B,) or None) → sums (K, D), total weights (K,); see `segment_sums`."""
 
 SLICE = 2048
 """Rows whose differences to their centroids exist at one time."""
 
 
-def lloyd_step(rows: Rows, assign: AssignAt, num_clusters: int, labels: Tensor) -> Tensor:
+def lloyd_step(rows: Rows, assign: AssignAt, num_clusters: int, labels: Tensor, sums_of: Sums | None = None) -> Tensor:
     """Assigns every row of this rank and adds it up.
 
     Args:
-        assign: nearest centroids, in the rows' shifted space.
+        assign: nearest centroids, in the rows' shifted space. sums_of: how the rows of a block are added up.
         labels: (N,) int64, overwritten.
 
     Returns:
         (K, D + 1) float64: per cluster the weighted sum of its rows and their total weight, over all ranks.
     """
+    sums_of = sums_of or segment_sums
     packed = torch.zeros(num_clusters, rows.dim + 1, dtype=torch.float64, device=rows.device)
     for start, block in rows.blocks():
         part = labels[start : start + len(block)]
         assign(start, block, part)
-        sums, counts = segment_sums(block, part, num_clusters, rows.block_weights(start, block))
+        sums, counts = sums_of(block, part, num_clusters, rows.block_weights(start, block))
         packed[:, :-1] += sums
         packed[:, -1] += counts
     return rows.ranks.sum(packed)
@@ -75,11 +78,12 @@ def final_step(rows: Rows, assign: AssignAt | None, centroids: Tensor, labels: T
         part = labels[start : start + len(block)]
         if assign is not None:
             assign(start, block, part)
-        for low in range(0, len(block), SLICE):
-            some = block[low : low + SLICE]
+        size = SLICE if block.device.type == "cpu" else len(block)
+        for low in range(0, len(block), size):
+            some = block[low : low + size]
             if rows.spherical:
                 some = F.normalize(some, dim=1)
-            differences = centroids.index_select(0, part[low : low + SLICE]).sub_(some)
+            differences = centroids.index_select(0, part[low : low + size]).sub_(some)
             distances = torch.linalg.vector_norm(differences, dim=1).double().square_()
             if rows.weights is not None:
                 distances *= rows.weights[start + low : start + low + len(some)]
