@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepclust.distributed import World, sum_gradients
+from deepclust.errors import UserError
 from deepclust.heads.base import Progress
 from deepclust.model import Network
 from deepclust.optim import build_optimizer, forget, learning_rate_factor, set_learning_rate
@@ -20,7 +21,8 @@ from deepclust.settings import OptimSettings, TrainerSettings
 class Stepper:
     """Optimiser, loss scaling, schedule and EMA teacher of one stage.
 
-    `network` is the student. The teacher, None without `trainer.ema`, begins as the student's copy.
+    `network` is the student. The teacher, None where neither `trainer.ema` nor the head wants one, begins as its copy.
+    Raises UserError if the head needs a teacher that `trainer.ema_mode` does not give.
     """
 
     def __init__(self, network: Network, optim: OptimSettings, settings: TrainerSettings, world: World) -> None:
@@ -28,11 +30,15 @@ class Stepper:
         self.optimizer = build_optimizer(network.backbone, network.head, optim)
         self.dtype = autocast_dtype(settings.precision, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
+        self.decay = network.head.teacher_decay if settings.ema is None else settings.ema
         self.teacher: Network | None = None
+        if network.head.teacher_decay is not None and settings.ema_mode == "reference":
+            name = type(network.head).__name__
+            raise UserError(f"trainer.ema_mode=reference: {name} needs targets from a teacher; use ema_mode=teacher")
 
     def start_teacher(self) -> None:
         """The teacher begins as the student."""
-        if self.settings.ema is not None:
+        if self.decay is not None:
             self.teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
 
     @property
@@ -70,13 +76,13 @@ class Stepper:
         There the averaged parameters are loaded back into the student after each step, and its buffers stay what they
         were at the start: in effect a learning rate of (1 - ema) times the nominal one, and frozen batch statistics.
         """
-        if self.teacher is None or self.settings.ema is None:
+        if self.teacher is None or self.decay is None:
             return
         if self.settings.ema_mode == "reference":
-            self.teacher.follow(self.network, self.settings.ema, buffers=False)
+            self.teacher.follow(self.network, self.decay, buffers=False)
             self.network.follow(self.teacher, 0.0)
         else:
-            self.teacher.follow(self.network, min(self.settings.ema, (1 + progress.step) / (10 + progress.step)))
+            self.teacher.follow(self.network, min(self.decay, (1 + progress.step) / (10 + progress.step)))
 
     def redrawn(self, names: Iterable[str]) -> None:
         """Parameters of the head that were drawn anew: their optimiser state goes, the teacher takes their values."""

@@ -144,6 +144,7 @@ class Trainer:
                 self.stepper.step(progress)
         if self.optim.step_per == "macro":
             self.stepper.step(progress)
+        about.targets = targets
         with torch.no_grad():
             self.head.after_step(join_outputs(done), about)
         return sums, len(batch.index)

@@ -95,12 +95,13 @@ class Progress:
 class Batch:
     """What a head may know of a batch besides its outputs: index (B,) int64 sample indices of view 0, and progress.
 
-    `group` may be handed on to `deepclust.ops`, never stored.
+    `group` may be handed on to `deepclust.ops`, never stored. `targets`: the macro batch's, in `after_step` alone.
     """
 
     index: Tensor
     progress: Progress
     group: Any = None
+    targets: Targets = field(default_factory=Targets)
 
     def __getitem__(self, rows: slice) -> Batch:
         return Batch(self.index[rows], self.progress, self.group)
@@ -164,6 +165,8 @@ class Head(nn.Module):
     """H, the number of sub-heads between which `score` chooses."""
     wants_prototypes: bool = False
     """Whether `init_prototypes` is to be called."""
+    teacher_decay: float | None = None
+    """Decay of the EMA teacher that this head needs, where the stage sets none (`trainer.ema`)."""
 
     best: Tensor
 
