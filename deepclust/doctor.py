@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from deepclust.precision import cpu_has_fast_bfloat16
+    from deepclust.ops.precision import cpu_has_fast_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if torch.cuda.is_available():

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-
-@lru_cache
-def cpu_has_fast_bfloat16() -> bool:
-    """Whether bfloat16 is faster than float32 on this processor: Intel's AMX, AMD's AVX512-BF16, Arm's bf16.
-
-    Intel's AVX512-BF16 without AMX has the instructions but was measured no faster than float32.
-    """
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return "amx_bf16" in words or "bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
+from deepclust.ops.precision import cpu_has_fast_bfloat16
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

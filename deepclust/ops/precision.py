@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -32,3 +33,16 @@ def plain(x: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """float64, or float32 on devices that have no float64."""
     return x.float() if x.device.type == "mps" else x.double()
+
+
+@lru_cache
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether bfloat16 is faster than float32 on this processor: Intel's AMX, AMD's AVX512-BF16, Arm's bf16.
+
+    Intel's AVX512-BF16 without AMX has the instructions but was measured no faster than float32.
+    """
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return "amx_bf16" in words or "bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words

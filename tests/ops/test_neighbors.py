@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import pairwise_distances
 
-from deepclust.ops import knn, neighbors
+from deepclust.ops import knn, neighbors, search
 
 
 def points(num: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -43,7 +43,7 @@ def check(queries: torch.Tensor, bank: torch.Tensor, k: int, metric: Any, exclud
 def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "small chunks":
         monkeypatch.setattr(neighbors, "PIECE_ROWS", 301)
-        monkeypatch.setattr(neighbors, "SCORES_CPU", 5000)
+        monkeypatch.setattr(search, "SCORES_CPU", 20_000)
 
 
 @pytest.mark.usefixtures("chunking")
@@ -132,3 +132,71 @@ def test_faiss_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbors.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install faiss-cpu"):
         knn(points(5, 3), points(5, 3), k=1, backend="faiss")
+
+
+@pytest.mark.parametrize("kind", ["spread", "clustered", "one side", "equal", "tiny", "mixed lengths"])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_proposals_in_bfloat16_lose_nothing(kind: str, exclude_self: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "cpu_has_fast_bfloat16", lambda: True)
+    x = points(5000, 64)
+    if kind == "clustered":  # many scores within bfloat16's rounding of each other
+        x = points(20, 64, 1).repeat(250, 1) + 0.02 * x
+    elif kind == "one side":  # dot products of both signs, most of them negative
+        x = torch.cat([x[:2500].abs(), -x[:2500].abs()])
+    elif kind == "equal":
+        x = x[:1].repeat(5000, 1) + 1e-4 * x
+    elif kind == "tiny":  # products below the smallest normal number
+        x = 1e-20 * x
+    elif kind == "mixed lengths":
+        x = x * torch.logspace(-3, 3, 5000)[:, None]
+    for metric in ("cosine", "dot"):
+        unit = float(x.square().sum(1).amax()) if metric == "dot" else 1.0
+        bank = x.double() if metric == "dot" else torch.nn.functional.normalize(x.double(), dim=1, eps=0.0)
+        truth = bank[:700] @ bank.T
+        if exclude_self:
+            values, indices = (part[:700] for part in knn(x, x, k=9, metric=metric, exclude_self=True))
+            truth.fill_diagonal_(-torch.inf)
+        else:
+            values, indices = knn(x[:700], x, k=9, metric=metric)
+        best = truth.topk(9, dim=1).values
+        np.testing.assert_allclose(values.double() / unit, best / unit, atol=2e-6, rtol=0)
+        np.testing.assert_allclose(truth.gather(1, indices) / unit, best / unit, atol=2e-6, rtol=0)
+        assert all(len(set(row)) == 9 for row in indices.tolist())
+
+
+def test_queries_that_the_filter_cannot_settle_are_few_on_spread_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "cpu_has_fast_bfloat16", lambda: True)
+    again: list[int] = []
+    original = search.search_exact
+    monkeypatch.setattr(search, "search_exact", lambda *a: again.append(len(a[5])) or original(*a))
+    x = points(8000, 128)
+    knn(x[:1000], x, k=10)
+    assert len(again) == 1 and again[0] < 50
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    x = points(4000, 64)
+    first, second = knn(x, x, k=7, exclude_self=True), knn(x, x, k=7, exclude_self=True)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_more_copies_of_a_row_than_neighbours_and_self_is_still_left_out() -> None:
+    x = points(3, 5).repeat_interleave(40, 0)
+    for backend in ("own", "faiss") if neighbors.importlib.util.find_spec("faiss") else ("own",):
+        for metric in ("cosine", "dot", "euclidean"):
+            indices = knn(x, x, k=10, metric=metric, exclude_self=True, backend=backend)[1]
+            assert (indices != torch.arange(120)[:, None]).all()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_approximate_search_finds_nearly_all(metric: Any) -> None:
+    pytest.importorskip("faiss")
+    x = points(100, 16, 1).repeat(60, 1) + 0.3 * points(6000, 16)
+    values, indices = knn(x, x, k=10, metric=metric, exclude_self=True, backend="faiss", approximate=True)
+    exact_values, exact = knn(x, x, k=10, metric=metric, exclude_self=True)
+    assert (indices[:, :, None] == exact[:, None]).any(2).double().mean() > 0.9
+    assert (indices != torch.arange(6000)[:, None]).all()
+    found = (indices == exact) & (indices >= 0)
+    torch.testing.assert_close(values[found], exact_values[found], atol=2e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="approximate=True is for backend 'faiss'"):
+        knn(x, x, k=1, approximate=True)
