@@ -33,7 +33,8 @@ def test_every_pass_against_the_oracle(dtype: torch.dtype, limit: float, monkeyp
 
     monkeypatch.setattr(GroupBounds, "_search_in_full", counted)
     for _ in range(15):
-        search.begin(centroids, by_torch(centroids, bias_of(centroids, False), 256))
+        find = by_torch(centroids, bias_of(centroids, False), 256)
+        search.begin(centroids, lambda start, block, part, find=find: find(block, part))
         packed = step.lloyd_step(rows, search.assign, 80, labels)
         assert_nearest(x, centroids, labels)
         bounded = search.lower is not None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepclust.ops.kmeans.assign import Assign
 from deepclust.ops.kmeans.rows import SLICE, Rows
+from deepclust.ops.kmeans.step import AssignAt
 
 MIN_CLUSTERS = 500
 """Below this a full product is faster than any bookkeeping."""
@@ -35,7 +35,7 @@ class GroupBounds:
         self.lower: Tensor | None = None
         self.losing = False
         self.start_below = START_BELOW
-        self.find: Assign | None = None
+        self.find: AssignAt | None = None
 
     @staticmethod
     def worth_trying(rows: Rows, num_clusters: int) -> bool:
@@ -44,7 +44,7 @@ class GroupBounds:
         metric = not rows.spherical or rows.unit
         return rows.device.type == "cpu" and num_clusters >= MIN_CLUSTERS and fits and metric
 
-    def begin(self, centroids: Tensor, find: Assign) -> None:
+    def begin(self, centroids: Tensor, find: AssignAt) -> None:
         """Takes the centroids (K, D) of the next pass and the full search over them."""
         self.find = find
         settled = self.changed <= self.start_below * self.rows.num
@@ -72,14 +72,11 @@ class GroupBounds:
         """Nearest centroids of a block; `part` holds the labels of the pass before and is overwritten."""
         before = part.clone()
         if self.lower is None:
-            self._search(block, part)
+            assert self.find is not None
+            self.find(start, block, part)
         else:
             self._assign_bounded(block, part, self.lower[:, start : start + len(block)])
         self.changed += int((before != part).sum())
-
-    def _search(self, block: Tensor, part: Tensor) -> None:
-        assert self.find is not None
-        self.find(block, part)
 
     def _group(self, centroids: Tensor) -> None:
         """Groups near centroids by a few iterations of k-means on them."""

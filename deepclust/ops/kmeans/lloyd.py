@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from deepclust.ops.kmeans.assign import Assign
 from deepclust.ops.kmeans.bounds import GroupBounds
+from deepclust.ops.kmeans.filter import Filter
 from deepclust.ops.kmeans.gpu import sums_for
 from deepclust.ops.kmeans.ranks import draw
 from deepclust.ops.kmeans.rows import Rows
 from deepclust.ops.kmeans.step import AssignAt, final_step, lloyd_step
+from deepclust.ops.kmeans.sums import RunningSums
 
 Assigner = Callable[[Tensor], Assign]
 """Centroids (K, D) → what finds the nearest of them."""
@@ -51,13 +53,14 @@ class Run:
 def lloyd(rows: Rows, centroids: Tensor, assign: Assigner, settings: Settings, seed: int) -> Run:
     """Iterates from `centroids` (K, D) until they move by no more than the tolerance or the iterations are used up."""
     labels = torch.zeros(rows.num, dtype=torch.int64, device=rows.device)
-    search, sums = _search(rows, assign, len(centroids)), sums_for(settings.backend, rows.device)
+    search = _search(rows, assign, len(centroids), settings.backend)
+    step = _stepper(rows, len(centroids), settings.backend)
     if rows.spherical:
         centroids = F.normalize(centroids, dim=1)
     generator = torch.Generator().manual_seed(seed)
     iteration, num_empty, settled, still = 0, 0, False, False
     while iteration < settings.num_iters and not settled:
-        packed = lloyd_step(rows, search(centroids), len(centroids), labels, sums)
+        packed = step(search(centroids), labels)
         iteration += 1
         num_empty += int((packed[:, -1] <= 0).sum())
         moved = _move(rows, packed, centroids, settings, generator)
@@ -70,28 +73,43 @@ def lloyd(rows: Rows, centroids: Tensor, assign: Assigner, settings: Settings, s
             settings.on_iteration(iteration)
     # Centroids that did not move at all already own their labels.
     last = None if still else search(centroids)
-    inertia, counts = final_step(rows, last, centroids, labels)
+    if isinstance(step, RunningSums) and iteration:
+        inertia, counts = step.finish(last, centroids, labels)
+    else:
+        inertia, counts = final_step(rows, last, centroids, labels)
     if num_empty:
         log.info("k-means: %d empty clusters met in %d iterations (empty=%s)", num_empty, iteration, settings.empty)
     return Run(centroids, labels, inertia, iteration, counts, num_empty)
 
 
-def _search(rows: Rows, assign: Assigner, num_clusters: int) -> Callable[[Tensor], AssignAt]:
-    """Full search, or group bounds around it where these can win."""
-    if not GroupBounds.worth_trying(rows, num_clusters):
+def _stepper(rows: Rows, num_clusters: int, backend: str) -> Callable[[AssignAt, Tensor], Tensor]:
+    """`lloyd_step`, on processors with a memory for what stays the same from pass to pass."""
+    if rows.device.type == "cpu":
+        return RunningSums(rows, num_clusters)
+    sums = sums_for(backend, rows.device)
+    return lambda assign, labels: lloyd_step(rows, assign, num_clusters, labels, sums)
 
-        def full(centroids: Tensor) -> AssignAt:
-            find = assign(centroids)
-            return lambda start, block, part: find(block, part)
 
-        return full
-    bounds = GroupBounds(rows)
+def _search(rows: Rows, assign: Assigner, num_clusters: int, backend: str) -> Callable[[Tensor], AssignAt]:
+    """Full search, with the filter or group bounds around it where these can win."""
+    quick = Filter(rows) if backend == "auto" and Filter.worth_trying(rows, num_clusters) else None
+    bounds = GroupBounds(rows) if GroupBounds.worth_trying(rows, num_clusters) else None
 
-    def bounded(centroids: Tensor) -> AssignAt:
-        bounds.begin(centroids, assign(centroids))
+    def search(centroids: Tensor) -> AssignAt:
+        find = assign(centroids)
+
+        def full(start: int, block: Tensor, part: Tensor) -> None:
+            find(block, part)
+
+        if quick is not None:
+            quick.begin(centroids, find)
+        every = full if quick is None else quick.assign
+        if bounds is None:
+            return every
+        bounds.begin(centroids, every)
         return bounds.assign
 
-    return bounded
+    return search
 
 
 def _travelled(rows: Rows, moved: Tensor, centroids: Tensor, tol: float) -> Tensor:

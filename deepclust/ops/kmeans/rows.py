@@ -119,20 +119,20 @@ class Rows:
             size = SLICE if block.device.type == "cpu" else len(block)
             for low in range(0, len(block), size):
                 some = block[low : low + size]
-                square = torch.dot(some.view(-1), some.view(-1))
-                if not bool(torch.isfinite(square)):
-                    norms = torch.linalg.vector_norm(some, dim=1)
+                norms = torch.linalg.vector_norm(some, dim=1)
+                if not bool(torch.isfinite(norms.square().sum())):
                     rows = torch.nonzero(~torch.isfinite(norms.square())).flatten()
                     bad += (start + low + rows[: 5 - len(bad)]).tolist()
                 if self.unit:
-                    self.unit = bool(((torch.linalg.vector_norm(some, dim=1) - 1).abs() < 1e-6).all())
+                    self.unit = bool(((norms - 1).abs() < 1e-6).all())
                 moments[:-2] += torch.mv(some.T, some.new_ones(len(some)))
-                moments[-2] += square
+                moments[-2] += norms.double().square_().sum()
             moments[-1] += len(block)
         self.offset, self.total = self.ranks.offset(self.num)
         self._refuse(bad)
         self.unit = all(self.ranks.gather(self.unit))
         self.ranks.sum(moments)
+        self.squares = float(moments[-2])
         mean, square = moments[:-2] / moments[-1].clamp_min(1), moments[-2] / moments[-1].clamp_min(1)
         # The mean squared length about the mean, D times the mean variance of a feature.
         self.spread = float((square - mean.square().sum()).clamp_min(0))

@@ -1,0 +1,92 @@
+"""Sums of every cluster's rows, kept from pass to pass: while few rows change cluster, only these are moved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepclust.ops.kmeans.rows import Rows
+from deepclust.ops.kmeans.step import AssignAt, final_step, segment_sums
+
+MOVE_BELOW = 0.15
+"""A pass moves rows instead of adding up all of them when at most this part changed cluster in the pass before."""
+SHRINK = 8
+"""A cluster shrunk by more than this factor is added up anew: its sum carries the rounding of its old size."""
+COARSE = 0.05
+SLICE = 2048
+
+
+class RunningSums:
+    """`lloyd_step` for processors, with a memory.
+
+    Rows are taken from one sum and given to another in float64, so a pass in which nothing changes gives the very same
+    sums, and errors do not grow.
+    """
+
+    def __init__(self, rows: Rows, num_clusters: int) -> None:
+        self.rows, self.num_clusters = rows, num_clusters
+        self.changed = rows.num
+        self.packed: Tensor | None = None
+        # Weights that cancel would leave a remainder in a cluster that has become empty.
+        self.exact = rows.weights is None and (not rows.spherical or rows.unit)
+
+    def __call__(self, assign: AssignAt, labels: Tensor) -> Tensor:
+        """As `lloyd_step`: (K, D + 1) float64 over all ranks; `labels` holds the last pass's and is overwritten."""
+        keep = self.exact and self.packed is not None and self.changed <= MOVE_BELOW * self.rows.num
+        packed = self.packed if keep and self.packed is not None else self._zeros()
+        self.changed = 0
+        for start, block in self.rows.blocks():
+            part = labels[start : start + len(block)]
+            before = part.clone()
+            assign(start, block, part)
+            moved = torch.nonzero(before != part).flatten()
+            self.changed += len(moved)
+            if keep:
+                self._move(packed, block, moved, before, part)
+            else:
+                self._add(packed, start, block, part)
+        if not keep:
+            self.largest = packed[:, -1].clone()
+        elif bool((packed[:, -1] * SHRINK < self.largest).any()):
+            packed = self._zeros()
+            for start, block in self.rows.blocks():
+                self._add(packed, start, block, labels[start : start + len(block)])
+            self.largest = packed[:, -1].clone()
+        else:
+            torch.maximum(self.largest, packed[:, -1], out=self.largest)
+        self.packed = packed
+        self.last = self.rows.ranks.sum(packed.clone())
+        return self.last
+
+    def finish(self, assign: AssignAt | None, centroids: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        """As `final_step`: assigns once more (unless `assign` is None), then inertia and rows per cluster.
+
+        Σ|x|² − 2 Σ s·c + Σ n|c|² errs by about float32's rounding of Σ|x|²; where the inertia is small beside that,
+        the differences are measured instead.
+        """
+        if not self.exact or self.rows.shift is not None:
+            return final_step(self.rows, assign, centroids, labels)
+        packed = self.last if assign is None else self(assign, labels)
+        wide, counts = centroids.double(), packed[:, -1]
+        shared = torch.dot(packed[:, :-1].flatten(), wide.flatten())
+        value = self.rows.squares - 2 * shared + torch.dot(counts, wide.square().sum(1))
+        inertia = float(self.rows.ranks.broadcast(value.reshape(1)))
+        if inertia < COARSE * self.rows.squares:
+            return final_step(self.rows, None, centroids, labels)
+        return inertia, counts.long()
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.num_clusters, self.rows.dim + 1, dtype=torch.float64)
+
+    def _add(self, packed: Tensor, start: int, block: Tensor, part: Tensor) -> None:
+        sums, counts = segment_sums(block, part, self.num_clusters, self.rows.block_weights(start, block))
+        packed[:, :-1] += sums
+        packed[:, -1] += counts
+
+    @staticmethod
+    def _move(packed: Tensor, block: Tensor, moved: Tensor, before: Tensor, part: Tensor) -> None:
+        for index in moved.split(SLICE):
+            rows = torch.ones(len(index), packed.shape[1], dtype=torch.float64)
+            rows[:, :-1] = block[index]
+            packed.index_add_(0, part[index], rows)
+            packed.index_add_(0, before[index], rows, alpha=-1)
