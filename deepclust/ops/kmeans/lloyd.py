@@ -16,7 +16,7 @@ from deepclust.ops.kmeans.filter import Filter
 from deepclust.ops.kmeans.gpu import sums_for
 from deepclust.ops.kmeans.ranks import draw
 from deepclust.ops.kmeans.rows import Rows
-from deepclust.ops.kmeans.step import AssignAt, final_step, lloyd_step
+from deepclust.ops.kmeans.step import AssignAt, final_step, lloyd_step, segment_sums
 from deepclust.ops.kmeans.sums import RunningSums
 
 Assigner = Callable[[Tensor], Assign]
@@ -84,9 +84,9 @@ def lloyd(rows: Rows, centroids: Tensor, assign: Assigner, settings: Settings, s
 
 def _stepper(rows: Rows, num_clusters: int, backend: str) -> Callable[[AssignAt, Tensor], Tensor]:
     """`lloyd_step`, on processors with a memory for what stays the same from pass to pass."""
-    if rows.device.type == "cpu":
-        return RunningSums(rows, num_clusters)
     sums = sums_for(backend, rows.device)
+    if rows.device.type == "cpu" and sums is segment_sums:
+        return RunningSums(rows, num_clusters)
     return lambda assign, labels: lloyd_step(rows, assign, num_clusters, labels, sums)
 
 
