@@ -85,12 +85,20 @@ class Stepper:
             self.teacher.follow(self.network, min(self.decay, (1 + progress.step) / (10 + progress.step)))
 
     def redrawn(self, names: Iterable[str]) -> None:
-        """Parameters of the head that were drawn anew: their optimiser state goes, the teacher takes their values."""
+        """Parameters of the head that were drawn anew: their optimiser state goes, the teacher takes their values.
+
+        And those of the head's buffers, but for what only training needs.
+        """
+        head = self.network.head
         for name in names:
-            parameter = self.network.head.get_parameter(name)
+            parameter = head.get_parameter(name)
             forget(self.optimizer, [parameter])
             if self.teacher is not None:
                 self.teacher.head.get_parameter(name).data.copy_(parameter)
+        if self.teacher is not None:
+            for name, buffer in head.named_buffers():
+                if name not in head.training_buffers:
+                    self.teacher.head.get_buffer(name).copy_(buffer)
 
     @property
     def learning_rate(self) -> float:

@@ -9,11 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepclust.errors import UserError
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import mean_rows, sum_over
 from deepclust.ops.spectral import spectral_clusters
 
 SPECTRAL_NEIGHBORS = (15, 20, 30, 40)
+
+
+def mean_entropy(logits: Tensor, group: Any = None) -> Tensor:
+    """Entropy in nats of the mean prediction over the rows (B, K) of all ranks: ln K where clusters are used alike."""
+    mean = mean_rows(logits.softmax(dim=1), group)
+    return torch.special.entr(mean).sum()
+
+
+def enough_images(key: str, num_clusters: int, num_samples: int) -> None:
+    """Raises UserError, naming the head's key, where there are more clusters than images."""
+    if num_clusters > num_samples:
+        raise UserError(
+            f"head.{key}={num_clusters} is more than the {num_samples} images; give at most as many, at best a tenth"
+        )
 
 
 class Projector(nn.Sequential):
@@ -26,6 +41,29 @@ class Projector(nn.Sequential):
         norm: nn.Module = nn.BatchNorm1d(hidden_dim) if batch_norm else nn.Identity()
         first = nn.Linear(dim, hidden_dim, bias=not batch_norm)
         super().__init__(first, norm, nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim))
+
+
+class Reading(nn.Module):
+    """How a head that learns other clusters than those asked for is read: spherical k-means of its features.
+
+    Probabilities are a softmax over cosine / temperature. Before `fit` all clusters are as likely.
+    """
+
+    centroids: Tensor
+
+    def __init__(self, dim: int, num_clusters: int, *, temperature: float = 0.1, num_restarts: int = 10) -> None:
+        super().__init__()
+        self.temperature, self.num_restarts = temperature, num_restarts
+        self.register_buffer("centroids", torch.zeros(num_clusters, dim))
+
+    def fit(self, features: Tensor, *, seed: int = 0, group: Any = None) -> None:
+        """Centroids of this rank's rows (n, D) and those of the other ranks."""
+        options: dict[str, Any] = {"num_restarts": self.num_restarts, "num_iters": 50, "seed": seed, "group": group}
+        self.centroids.copy_(kmeans(features, len(self.centroids), spherical=True, **options).centroids)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D) to probabilities (B, K)."""
+        return (F.normalize(z, dim=1) @ self.centroids.T / self.temperature).softmax(dim=1)
 
 
 class ClusterLayer(nn.Module):
@@ -58,6 +96,13 @@ class ClusterLayer(nn.Module):
         else:
             logits = F.linear(z, self.weight, self.bias)
         return list(logits.split(self.num_clusters, dim=1))
+
+    def one(self, z: Tensor, head: int) -> Tensor:
+        """(B, D) to the logits (B, K) of one sub-head alone."""
+        rows = slice(head * self.num_clusters, (head + 1) * self.num_clusters)
+        if self.bias is None:
+            return F.linear(F.normalize(z, dim=1), F.normalize(self.weight[rows], dim=1)) / self.temperature
+        return F.linear(z, self.weight[rows], self.bias[rows])
 
     @torch.no_grad()
     def set_prototypes(self, head: int, centroids: Tensor, scale: float = 1.0) -> None:
