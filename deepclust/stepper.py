@@ -85,20 +85,14 @@ class Stepper:
             self.teacher.follow(self.network, min(self.decay, (1 + progress.step) / (10 + progress.step)))
 
     def redrawn(self, names: Iterable[str]) -> None:
-        """Parameters of the head that were drawn anew: their optimiser state goes, the teacher takes their values.
-
-        And those of the head's buffers, but for what only training needs.
-        """
-        head = self.network.head
+        """Parameters or buffers of the head drawn anew: their optimiser state goes, the teacher takes the values."""
+        student = self.network.head.state_dict(keep_vars=True)
         for name in names:
-            parameter = head.get_parameter(name)
-            forget(self.optimizer, [parameter])
+            value = student[name]
+            if isinstance(value, nn.Parameter):
+                forget(self.optimizer, [value])
             if self.teacher is not None:
-                self.teacher.head.get_parameter(name).data.copy_(parameter)
-        if self.teacher is not None:
-            for name, buffer in head.named_buffers():
-                if name not in head.training_buffers:
-                    self.teacher.head.get_buffer(name).copy_(buffer)
+                self.teacher.head.state_dict(keep_vars=True)[name].data.copy_(value)
 
     @property
     def learning_rate(self) -> float:

@@ -142,7 +142,7 @@ class Refresh:
 
     partners: (N, k) int64, row i = sample indices that may stand in for sample i.
     order: (M,) int64, the next pass's exact sample order (quotas included).
-    reset: names of re-drawn parameters, whose optimiser state is dropped.
+    reset: names of re-drawn parameters or buffers: optimiser state is dropped, the teacher takes the new values.
     """
 
     partners: Tensor | None = None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import Reading, enough_images, mean_entropy
+from deepclust.heads.layers import Reading, enough_images, watched
 from deepclust.ops import kmeans, pca_whiten
 from deepclust.ops.agreement import normalized_mutual_information
 from deepclust.ops.collectives import gather_rows
@@ -91,16 +91,14 @@ class DeepCluster(Head):
         return Output(z, logits=[self.layer(z.relu() if self.relu else z)])
 
     def bank_due(self, progress: Progress) -> BankSpec | None:
-        """Before each pass that begins a new clustering, and at the end."""
+        """Before each pass that begins a new clustering, and at the end. Raises UserError for too few images."""
+        enough_images("num_prototypes", self.num_prototypes, len(self.labels))
         due = progress.starts_epoch and progress.epoch % self.every == 0
         return BankSpec() if due or progress.final else None
 
+    @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
-        """New clusters, a new classifier, and an order in which every non-empty cluster comes equally often.
-
-        Raises UserError where there are fewer images than clusters.
-        """
-        enough_images("num_prototypes", self.num_prototypes, bank.num_samples)
+        """New clusters, a new classifier, and an order in which every non-empty cluster comes equally often."""
         group, seed = bank.group, int(self.stream + self.draws)
         rows = F.normalize(pca_whiten(bank.features, self.pca_dim, group=group), dim=1)
         options: dict[str, Any] = {"num_iters": self.num_iters, "num_restarts": self.num_restarts}
@@ -115,7 +113,7 @@ class DeepCluster(Head):
         self.layer.weight.copy_(self.init_std * torch.randn(self.layer.weight.shape, generator=generator))
         self.layer.bias.zero_()
         order = index.cpu()[uniform_order(labels.cpu(), bank.num_samples, generator)]
-        return Refresh(order=order, reset=("layer.weight", "layer.bias"))
+        return Refresh(order=order, reset=("layer.weight", "layer.bias", "reading.centroids"))
 
     def targets(self, outputs: Mapping[int, Output], batch: Batch) -> Targets:
         """Labels of the last clustering."""
@@ -123,9 +121,9 @@ class DeepCluster(Head):
 
     def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy. `nmi`: agreement of the last two clusterings, 0 until there are two."""
-        loss = F.cross_entropy(outputs[0].logits[0], targets["labels"])
-        spread = mean_entropy(outputs[0].logits[0].detach(), batch.group)
-        return {"loss": loss, "cross_entropy": loss.detach(), "entropy": spread, "nmi": self.agreement}
+        logits = outputs[0].logits[0]
+        loss = F.cross_entropy(logits, targets["labels"])
+        return {"loss": loss, **watched(loss, [logits], batch.group), "nmi": self.agreement}
 
     def predict(self, z: Tensor) -> Tensor:
         """(B, D) to (B, K) probabilities."""

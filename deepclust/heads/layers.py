@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,10 +18,16 @@ from deepclust.ops.spectral import spectral_clusters
 SPECTRAL_NEIGHBORS = (15, 20, 30, 40)
 
 
-def mean_entropy(logits: Tensor, group: Any = None) -> Tensor:
-    """Entropy in nats of the mean prediction over the rows (B, K) of all ranks: ln K where clusters are used alike."""
-    mean = mean_rows(logits.softmax(dim=1), group)
-    return torch.special.entr(mean).sum()
+def watched(cross_entropy: Tensor, logits: Sequence[Tensor], group: Any = None) -> dict[str, Tensor]:
+    """What is watched for a collapse: `cross_entropy`, `entropy` and `ln_k`, scalars in nats.
+
+    logits: per sub-head (B, K). `entropy` is that of the mean prediction over the rows of all ranks, ln K where all
+    clusters are used alike; the mean over sub-heads.
+    """
+    means = [mean_rows(each.detach().softmax(dim=1), group) for each in logits]
+    entropy = torch.stack([torch.special.entr(mean).sum() for mean in means]).mean()
+    ln_k = torch.tensor(math.log(logits[0].shape[1]), device=entropy.device)
+    return {"cross_entropy": cross_entropy.detach(), "entropy": entropy, "ln_k": ln_k}
 
 
 def enough_images(key: str, num_clusters: int, num_samples: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import Reading, enough_images, mean_entropy
+from deepclust.heads.layers import Reading, enough_images, watched
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows, mean_rows
 from deepclust.schema import Count, Decay, Natural
@@ -139,17 +139,21 @@ class ODC(Head):
         return Output(z, embedding, [self.layer(embedding)])
 
     def bank_due(self, progress: Progress) -> BankSpec | None:
-        """Embeddings before the first step, to begin the memory; features at the end, to be read."""
+        """Embeddings before the first step, to begin the memory; features at the end, to be read.
+
+        Raises UserError for too few images.
+        """
+        enough_images("num_prototypes", self.num_prototypes, len(self.memory.labels))
         if progress.final:
             return BankSpec()
         return None if bool(self.begun) else BankSpec(of="embedding")
 
+    @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
-        """Begins memory and labels by k-means. Raises UserError where there are fewer images than clusters."""
+        """Begins memory and labels by k-means; at the end the k-means that predictions are of."""
         if bool(self.begun):
             self.reading.fit(bank.features, group=bank.group)
-            return Refresh()
-        enough_images("num_prototypes", self.num_prototypes, bank.num_samples)
+            return Refresh(reset=("reading.centroids",))
         found = kmeans(bank.features, self.num_prototypes, num_iters=20, group=bank.group)
         index, features = (gather_rows(part, bank.group)[0] for part in (bank.index, bank.features))
         self.memory.labels[index] = gather_rows(found.labels, bank.group)[0]
@@ -169,12 +173,8 @@ class ODC(Head):
         """Weighted cross entropy. `changed`: share of the last step's images that changed their cluster."""
         logits = outputs[0].logits[0]
         each = F.cross_entropy(logits, targets["labels"], reduction="none")
-        return {
-            "loss": (each * targets["weights"]).mean(),
-            "cross_entropy": each.detach().mean(),
-            "entropy": mean_entropy(logits.detach(), batch.group),
-            "changed": self.changed,
-        }
+        loss = (each * targets["weights"]).mean()
+        return {"loss": loss, **watched(each.mean(), [logits], batch.group), "changed": self.changed}
 
     def after_step(self, outputs: Mapping[int, Output], batch: Batch) -> None:
         """Moves memory and labels, centroids every few steps, mends small clusters, weighs clusters by their size."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer, enough_images, mean_entropy
+from deepclust.heads.layers import ClusterLayer, Reading, enough_images, watched
 from deepclust.ops import self_label
 from deepclust.ops.collectives import gather_rows
 from deepclust.ops.transport import SelfLabelResult
@@ -43,6 +43,8 @@ class SeLa(Head):
     (the reference's code for CIFAR takes the one of number epoch mod H).
     power: lambda; larger = nearer to the most likely labels. tol and stop: of the solver, see `self_label`.
     momentum: of the sub-heads' SGD, None for the stage's.
+    num_prototypes: clusters that each sub-head learns, None for num_clusters, when predictions are those of the best
+    sub-head. With any other number they are of a k-means of the features at the end (`Reading`).
     """
 
     training_buffers = ("labels", "solved")
@@ -55,6 +57,7 @@ class SeLa(Head):
         num_clusters: Count,
         num_samples: Count,
         *,
+        num_prototypes: Count | None = None,
         num_heads: Count = 10,
         num_solves: Count = 100,
         schedule: Literal["quadratic", "linear"] = "quadratic",
@@ -67,12 +70,13 @@ class SeLa(Head):
     ) -> None:
         super().__init__()
         self.views = (View(view, used_for="loss"),)
-        self.num_clusters, self.num_heads = num_clusters, num_heads
+        self.num_prototypes, self.num_heads = num_prototypes or num_clusters, num_heads
         self.num_solves, self.schedule, self.solve = num_solves, schedule, solve
         self.power, self.tol, self.momentum = power, tol, momentum
         self.stop: Literal["marginal", "paper"] = stop
-        self.layer = ClusterLayer(dim, num_clusters, num_heads)
-        balanced = torch.arange(num_samples) % num_clusters
+        self.layer = ClusterLayer(dim, self.num_prototypes, num_heads)
+        self.reading = None if self.num_prototypes == num_clusters else Reading(dim, num_clusters)
+        balanced = torch.arange(num_samples) % self.num_prototypes
         start = torch.stack([balanced[torch.randperm(num_samples)] for _ in range(num_heads)])
         self.register_buffer("labels", start)
         self.register_buffer("solved", torch.zeros((), dtype=torch.int64))
@@ -82,33 +86,42 @@ class SeLa(Head):
         return Output(z, logits=self.layer(z))
 
     def bank_due(self, progress: Progress) -> BankSpec | None:
-        """At the next mark, inside a pass or between two: features as training sees them, of a fresh view."""
+        """At the next mark, inside a pass or between two: features as training sees them, of a fresh view.
+
+        Raises UserError for too few images.
+        """
+        enough_images("num_prototypes", self.num_prototypes, self.labels.shape[1])
         number, num_samples = int(self.solved), self.labels.shape[1]
-        if progress.final or number >= self.num_solves:
+        if progress.final:
+            return None if self.reading is None else BankSpec()
+        if number >= self.num_solves:
             return None
         mark = solve_mark(number, self.num_solves, progress.num_images, num_samples, self.schedule)
         return BankSpec(mode="train", view=self.views[0].augment) if progress.images_seen >= mark else None
 
+    @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
-        """New labels. Raises UserError where there are fewer images than clusters."""
-        enough_images("num_clusters", self.num_clusters, bank.num_samples)
+        """New labels, and the k-means that predictions are of."""
         index, _ = gather_rows(bank.index, bank.group)
         turn = int(self.solved) % self.num_heads
         for head in range(self.num_heads) if self.solve == "all" else [turn]:
             self.labels[head, index] = gather_rows(self._solve(bank, head).labels, bank.group)[0]
         self.solved += 1
-        return Refresh()
+        if self.reading is None:
+            return Refresh()
+        self.reading.fit(bank.features, seed=int(self.solved), group=bank.group)
+        return Refresh(reset=("reading.centroids",))
 
     def log_probs(self, z: Tensor, head: int) -> Iterator[Tensor]:
         """(rows, K) float64 log-probabilities of features (n, D), chunk by chunk, made when they are asked for."""
-        for rows in z.split(max(1, CHUNK_BYTES // (8 * self.num_clusters))):
+        for rows in z.split(max(1, CHUNK_BYTES // (8 * self.num_prototypes))):
             yield self.layer.one(rows, head).double().log_softmax(dim=1)
 
     def _solve(self, bank: Bank, head: int) -> SelfLabelResult:
         def chunks() -> Iterator[Tensor]:
             return self.log_probs(bank.features, head)
 
-        fits = 8 * len(bank.features) * self.num_clusters <= KEEP_BYTES
+        fits = 8 * len(bank.features) * self.num_prototypes <= KEEP_BYTES
         given = torch.cat(list(chunks())) if fits else chunks
         return self_label(given, power=self.power, tol=self.tol, stop=self.stop, group=bank.group)
 
@@ -120,12 +133,11 @@ class SeLa(Head):
         """Mean cross entropy over sub-heads."""
         pairs = list(zip(outputs[0].logits, targets["labels"].unbind(1)))
         loss = torch.stack([F.cross_entropy(logits, labels) for logits, labels in pairs]).mean()
-        entropy = torch.stack([mean_entropy(logits.detach(), batch.group) for logits, _ in pairs]).mean()
-        return {"loss": loss, "cross_entropy": loss.detach(), "entropy": entropy}
+        return {"loss": loss, **watched(loss, outputs[0].logits, batch.group)}
 
     def predict(self, z: Tensor) -> Tensor:
-        """(B, D) to (B, K) probabilities of the chosen sub-head."""
-        return self.layer.one(z, int(self.best)).softmax(dim=1)
+        """(B, D) to (B, K) probabilities."""
+        return self.layer.one(z, int(self.best)).softmax(dim=1) if self.reading is None else self.reading(z)
 
     @torch.no_grad()
     def score(self, bank: Bank) -> Tensor:

@@ -23,7 +23,7 @@ IMAGES = toy_images(NUM_SAMPLES)
 
 def make(name: str) -> Head:
     torch.manual_seed(0)
-    node = load([f"head={name}"]).stages["main"].head
+    node = load([f"head={name}", "recipe=single"]).stages["main"].head
     return build(node, dim=DIM, num_clusters=NUM_CLUSTERS, num_samples=NUM_SAMPLES)
 
 
