@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.errors import UserError
@@ -43,6 +44,19 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, relu: boo
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if relu else nn.Sequential(*layers)
 
 
+class PoolTo(nn.Module):
+    """Averages 2x2 and gives (B, C, *size) whatever came in, so that crops of any size have as many features."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, *size)."""
+        pooled = F.avg_pool2d(x, 2, ceil_mode=True) if min(x.shape[2:]) > 1 else x
+        return pooled if tuple(pooled.shape[2:]) == self.size else F.adaptive_avg_pool2d(x, self.size)
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions with a shortcut (He et al. 2016, basic block)."""
 
@@ -64,17 +78,17 @@ def small_convnet(
 
     Images of 16 px and more begin with a 5x5 convolution of stride 2, those over 40 px have one more stride. The last
     map is averaged 2x2, not to one position: where things are matters in small images (k-means on such features was
-    8 points better on clothes).
+    8 points better on clothes). Smaller crops are averaged to as many positions as an image of `image_size`.
     """
     steps = 3 if image_size <= 40 else 4
     stem = _conv(in_channels, width, 5, 2) if image_size >= 16 else _conv(in_channels, width)
     middle = [_conv(width * 2**i, width * 2 ** (i + 1), 3, 2) for i in range(steps - 2)]
     last = width * 2 ** (steps - 1)
-    layers = [stem, *middle, Residual(last // 2, last, 2), nn.AvgPool2d(2, ceil_mode=True)]
-    body = nn.Sequential(*layers).eval()
+    body = nn.Sequential(stem, *middle, Residual(last // 2, last, 2)).eval()
     with torch.no_grad():
-        num_features = body(torch.zeros(1, in_channels, image_size, image_size)).flatten(1).shape[1]
-    return _frozen(Backbone(body.train(), num_features), freeze)
+        positions = (body(torch.zeros(1, in_channels, image_size, image_size)).shape[2] + 1) // 2
+    body.append(PoolTo((positions, positions)))
+    return _frozen(Backbone(body.train(), last * positions**2), freeze)
 
 
 def identity(in_channels: Count, image_size: Count) -> Backbone:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepclust.data.view_ops import split_view
 from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
 
@@ -234,6 +235,22 @@ def build_network(
     body = build(node, trust=trust, in_channels=sizes["channels"], image_size=sizes["size"])
     top = build(head, trust=trust, dim=body.num_features, num_clusters=sizes["num_clusters"], num_samples=num_samples)
     return Network(body, top)
+
+
+def view_size(backbone: nn.Module, augment: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of views that have no size of their own: the configured one, else what a pretrained backbone
+    wants, else `size`, the images'."""
+    own = getattr(backbone, "preprocess", None)
+    side = augment.get("size") or (own.size if own else None)
+    return (side, side) if side else size
+
+
+def feeding(backbone: nn.Module, augment: Mapping[str, Any], images: Any) -> dict[str, Any]:
+    """How clean images are fed, for a model's spec; a pretrained backbone's own statistics go before the data's."""
+    own = getattr(backbone, "preprocess", None) or images
+    clean, size = split_view(augment["views"]["clean"], view_size(backbone, augment, images.size))
+    statistics = {"mean": list(own.mean), "std": list(own.std)}
+    return {"clean": clean, "view_size": list(size), "image_size": list(images.size), **statistics}
 
 
 def image_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:

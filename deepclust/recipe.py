@@ -7,6 +7,7 @@ and evaluates anew what is cheap to evaluate, so that nothing but checkpoints ca
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -28,7 +29,7 @@ from deepclust.eval.collapse import CollapseAlarm
 from deepclust.heads.base import Bank, Progress
 from deepclust.heads.kmeans import KMeansHead
 from deepclust.loggers import Loggers, build_loggers
-from deepclust.model import Clusterer, Network, build_network
+from deepclust.model import Clusterer, Network, build_network, feeding, view_size
 from deepclust.precision import autocast_dtype
 from deepclust.results import StageResult
 from deepclust.run_folder import RunFolder
@@ -109,7 +110,7 @@ def _run(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) -> int
     """Introduces the run, goes through its stages and says how it ended, whatever happens."""
     state, world = "failed", run.world
     try:
-        with run.stop:
+        with run.stop, run.loggers.advice():
             machine = {"device": str(world.device), "threads": torch.get_num_threads(), "ranks": world.size}
             run.folder.describe(run.config.text(), **machine)
             _introduce(run, found, notes)
@@ -227,9 +228,9 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
     if run.world.size > 1 and run.world.device.type == "cuda" and config.distributed.sync_batchnorm:
         network.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network.backbone)
     names = dict.fromkeys(["clean", *(view.augment for view in network.head.views)])
-    view = _view(run, stage, network)
-    size = view["view_size"] if isinstance(view["view_size"], list) else [view["view_size"]] * 2
-    seen = dataclasses.replace(run.data.train, size=tuple(size), mean=tuple(view["mean"]), std=tuple(view["std"]))
+    fed = feeding(network.backbone, stage.augment, run.data.train)
+    seen = dataclasses.replace(run.data.train, size=view_size(network.backbone, stage.augment, run.data.train.size))
+    seen = dataclasses.replace(seen, mean=tuple(fed["mean"]), std=tuple(fed["std"]))
     return Trainer(
         network.backbone,
         network.head,
@@ -251,18 +252,6 @@ def _sizes(run: Run, stage: Stage) -> dict[str, Any]:
     return {"channels": images.channels, "size": size, "num_clusters": run.num_clusters}
 
 
-def _view(run: Run, stage: Stage, network: Network) -> dict[str, Any]:
-    """How images are fed: a pretrained network's own size and statistics, unless the configuration gives a size."""
-    images, own = run.data.train, getattr(network.backbone, "preprocess", None)
-    return {
-        "clean": stage.augment["views"]["clean"],
-        "view_size": stage.augment["size"] or (own.size if own else None) or list(images.size),
-        "image_size": list(images.size),
-        "mean": list(own.mean if own else images.mean),
-        "std": list(own.std if own else images.std),
-    }
-
-
 def _hooks(run: Run, stage: Stage, images: ImageSet) -> Hooks:
     alarm = CollapseAlarm(stage.name)
 
@@ -270,7 +259,8 @@ def _hooks(run: Run, stage: Stage, images: ImageSet) -> Hooks:
         position = {"stage_step": progress.step, "stage_steps": progress.num_steps, "epoch": progress.epoch}
         run.loggers.log({**metrics, **position}, run.global_step + progress.step, stage.name)
         sizes, loss = metrics.get("entropy"), metrics.get("cross_entropy")
-        for line in alarm.check(progress.step, run.num_clusters, assignment_entropy=sizes, cross_entropy=loss):
+        among = math.exp(metrics["ln_k"]) if "ln_k" in metrics else run.num_clusters
+        for line in alarm.check(progress.step, among, assignment_entropy=sizes, cross_entropy=loss):
             run.tell(line, "warning")
 
     def status(state: Any, progress: Progress) -> None:
@@ -333,6 +323,7 @@ def _finish(run: Run) -> None:
     with run.stop.interruptible():
         first = run.done[0]
         scores = results.run_baselines(first, run.data, run.num_clusters, run.config.eval, run.config.seed)
+        results.compare_with_kmeans(run.done, run.data, run.num_clusters, run.config.eval, run.config.seed)
         kept, why = results.keep_best(run.done)
         clusterer = Clusterer(kept.network, _spec(run, kept), run.world.device)
         clusterer.save(run.folder.path / "model.safetensors")
@@ -361,7 +352,7 @@ def _spec(run: Run, kept: StageResult) -> dict[str, Any]:
     """What `Clusterer` is rebuilt from."""
     stage = run.config.stages[kept.name]
     nodes = {"backbone": run.config.backbone, "head": dict(kept.head)}
-    return {**nodes, **_sizes(run, stage), **_view(run, stage, kept.network)}
+    return {**nodes, **_sizes(run, stage), **feeding(kept.network.backbone, stage.augment, run.data.train)}
 
 
 # -------------------------------------------------------------------------------------------------- before a run

@@ -6,14 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from deepclust.data.image_set import ImageData, ImageSet
-from deepclust.eval.baselines import baselines
+from deepclust.eval.baselines import baselines, chosen
 from deepclust.eval.label_free import better_stage, label_free_scores
 from deepclust.eval.metrics import BY_CLASS, LONG_TAILED, clustering_scores, imbalance
 from deepclust.eval.probes import knn_probe, linear_probe
@@ -189,6 +189,21 @@ def run_baselines(
     return scores
 
 
+def compare_with_kmeans(
+    results: Sequence[StageResult], data: ImageData, num_clusters: int, settings: EvalSettings, seed: int
+) -> None:
+    """Adds to each clustering stage behind the first the scores of k-means on its own features, as `kmeans`.
+
+    The first stage's stand among the baselines.
+    """
+    if "kmeans" not in chosen(settings.baselines):
+        return
+    for result in results[1:]:
+        if "reads" not in result.scores:
+            found = run_baselines(result, data, num_clusters, replace(settings, baselines=["kmeans"]), seed)
+            result.scores.update(found)
+
+
 def keep_best(results: Sequence[StageResult]) -> tuple[StageResult, str]:
     """The stage whose clusters agree best, beyond chance, on the pretext's neighbour graph; ties keep the earlier.
 
@@ -214,6 +229,9 @@ def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
         rows.append([label, *_percent(scores, shown), *label_free])
         if "test" in scores:
             rows.append([f"{name}, held-out images", *_percent(scores["test"], shown), None, None, None])
+        if "kmeans" in scores:
+            own = scores["kmeans"]
+            rows.append([f"{name}, k-means on its features", *_percent(own, shown), None, None, _round(own["seconds"])])
     for name, scores in summary["baselines"].items():
         label = BASELINE_WORDS.get(name, str(name))
         if scores["samples"] < summary["num_images"]:

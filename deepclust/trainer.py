@@ -229,6 +229,9 @@ class Trainer:
             block = self.world.block(spec.num_samples)
             order = Plan.draw(len(self.images), 1, self.seed, self.stage, -1 - self.step, None).order
             rows = order[block.start : block.stop].tolist()
+        if spec.mode == "train":  # batch statistics of mixed images, whatever the order of the set
+            mixed = Plan.draw(len(rows), 1, self.seed, self.stage, -1 - self.step, None).order
+            rows = [rows[place] for place in mixed.tolist()]
 
         def forward(view: Tensor) -> Tensor:
             output = source.outputs({0: view}, self._autocast())[0]
@@ -238,13 +241,16 @@ class Trainer:
             view = self.transforms[spec.view]
             seed = int(sample_keys(self.seed, self.stage, self.step, torch.zeros(1).long(), -4))
             features, index = collect(forward, self.images, view, rows, device=self.device, seed=seed)
+        if spec.mode == "train":
+            features, index = features[index.argsort()], index.sort().values
         return Bank(features, index.to(self.device), len(self.images), group)
 
     def _choose_sub_head(self) -> None:
         """The sub-head with the lowest label-free score becomes `best`; ranks agree on rank 0's."""
         if self.head.num_heads > 1:
-            with torch.no_grad():
-                scores = self.evaluated.head.score(self.bank(BankSpec()))
+            bank = self.bank(BankSpec())
+            with untouched(self.evaluated):
+                scores = self.evaluated.head.score(bank)
             best = int(self.world.broadcast(int(scores.argmin())))
             for network in (self.network, self.evaluated):
                 network.head.best.fill_(best)

@@ -82,3 +82,23 @@ def test_freezing_by_part():
     assert not any(value.requires_grad for value in cifar_resnet(3, freeze=[""]).parameters())
     with pytest.raises(UserError, match=r"layer9.*layer4"):
         cifar_resnet(3, freeze=["layer9"])
+
+
+@pytest.mark.parametrize("size", [8, 12, 28, 32, 64])
+def test_small_nets_give_as_many_features_for_smaller_crops(size):
+    """What comes out at the nominal size is the 2x2 average of the last map, to the bit."""
+    import torch.nn.functional as F
+
+    torch.manual_seed(0)
+    net = small_convnet(1, size, width=8).eval()
+    for side in (size // 2, size * 3 // 4, size - 1, size + 3, 3):
+        assert net(torch.randn(2, 1, side, side)).shape == (2, net.num_features)
+    images = torch.randn(2, 1, size, size)
+    expected = F.avg_pool2d(net.body[:-1](images), 2, ceil_mode=True).flatten(1)
+    assert torch.equal(net(images), expected)
+
+
+def test_resnets_and_pooled_timm_models_take_crops_of_any_size():
+    for net in (cifar_resnet(3), timm_backbone(3, name="resnet10t")):
+        for side in (32, 18):
+            assert net(torch.randn(1, 3, side, side).repeat(2, 1, 1, 1)).shape == (2, net.num_features)

@@ -23,7 +23,8 @@ EVIL = "<script>alert(1)</script>\"'&"
 SUMMARY: dict[str, Any] = {
     "stages": {
         "pretext": {"seconds": 31.2, "reads": "k-means on its features", "acc": 0.9, "clusters_used": 10},
-        "scan": {"acc": 0.9512, "nmi": 0.918, "ari": 0.886, "neighbor_agreement": 0.859, "seconds": 18.0},
+        "scan": {"acc": 0.9512, "nmi": 0.918, "ari": 0.886, "neighbor_agreement": 0.859, "seconds": 18.0}
+        | {"kmeans": {"acc": 0.912, "samples": 5000}},
         "selflabel": {"acc": 0.983, "nmi": 0.964, "ari": 0.96, "neighbor_agreement": 0.92, "silhouette": None}
         | {"class_recall": {"0": 0.5}, "test": {"acc": 0.777, "nmi": math.nan}},
     },

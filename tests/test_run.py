@@ -53,7 +53,9 @@ def test_a_run_leaves_what_is_promised_and_nothing_else(whole):
     for scores in (*summary["stages"].values(), *summary["baselines"].values()):
         assert {"acc", "nmi", "ari", "seconds"} <= set(scores)
         assert 0 <= scores["acc"] <= 1
-    assert set(summary["baselines"]) == {"kmeans", "pixels"}
+    assert set(summary["baselines"]) == {"kmeans", "pixels"}, "k-means on the first stage's features stands here"
+    assert [name for name, scores in summary["stages"].items() if "kmeans" in scores] == ["scan", "selflabel"]
+    assert {"acc", "nmi", "ari"} <= set(summary["stages"]["scan"]["kmeans"])
     for scores in summary["stages"].values():
         assert {"clusters_used", "size_entropy", "mean_confidence", "neighbor_agreement"} <= set(scores)
 

@@ -172,10 +172,12 @@ class _WorkerViews(Dataset):
         batch, row = where
         item = self.items[batch]
         index = int(item.index[row])
+        sources = item.sources[:, row].tolist()
         try:
+            images = {source: self.images.read(source) for source in dict.fromkeys(sources)}
             views = [
-                self.transforms[name].sample(self.images.read(int(item.sources[slot, row])), int(item.keys[slot, row]))
-                for slot, name in enumerate(self.names)
+                self.transforms[name].sample(images[source], int(item.keys[slot, row]))
+                for slot, (name, source) in enumerate(zip(self.names, sources))
             ]
         except (OSError, UnreadableImage) as error:
             return index, str(error) or type(error).__name__

@@ -71,8 +71,41 @@ def check_augment(augment: Mapping[str, Any], where: str = "augment") -> list[st
         problems.append(f"{where}.views={views}: must be a mapping from names of views to lists of operations")
         return problems
     for name, description in views.items():
-        check_ops(description, f"{where}.views.{name}", problems)
+        spot = f"{where}.views.{name}"
+        if isinstance(description, Mapping):
+            _check_sized(description, spot, problems)
+        else:
+            check_ops(description, spot, problems)
     return problems
+
+
+def _check_sized(description: Mapping[str, Any], where: str, problems: list[str]) -> None:
+    """A view with a size of its own: {size: pixels or share, ops: [...]}."""
+    keys = ("size", "ops")
+    problems += [unknown_key(where, str(key), value, keys) for key, value in description.items() if key not in keys]
+    size = description.get("size")
+    share = isinstance(size, float) and 0 < size <= 1
+    if size is not None and not share and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        problems.append(
+            f"{where}.size={size}: must be pixels (an integer >= 1), a share of augment.size above 0 and up to 1.0, "
+            "or null for augment.size"
+        )
+    check_ops(description.get("ops"), f"{where}.ops", problems)
+
+
+def split_view(description: Any, size: tuple[int, int]) -> tuple[Any, tuple[int, int]]:
+    """Operations of a view and its size in pixels (height, width), given the `size` of views that say none.
+
+    description: a list of operations, or {size, ops} where size is in pixels (int), or a share of `size` (float).
+    """
+    if not isinstance(description, Mapping):
+        return description, size
+    own = description.get("size")
+    if own is None:
+        return description["ops"], size
+    if isinstance(own, float):
+        return description["ops"], (max(1, round(own * size[0])), max(1, round(own * size[1])))
+    return description["ops"], (own, own)
 
 
 def make_ops(description: Any, where: str = "ops") -> list[Op]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from deepclust.data.random import uniforms
 from deepclust.data.view_base import Color, Erase, Feature, Geometric, Op, Params, Pixel, Size, integers, warp
 from deepclust.data.view_mix import RandomOps
-from deepclust.data.view_ops import check_augment, make_ops
+from deepclust.data.view_ops import check_augment, make_ops, split_view
 from deepclust.data.view_pixels import Identity
 from deepclust.errors import UserError
 from deepclust.signatures import near
@@ -105,7 +105,7 @@ def _floats(images: Tensor) -> Tensor:
 
 
 def build_views(augment: Mapping[str, Any], image_set: Images, names: Sequence[str]) -> dict[str, ViewTransform]:
-    """The named views of an `augment` section for a set of images.
+    """The named views of an `augment` section for a set of images; each may have a size of its own.
 
     Raises UserError, with the nearest valid name, for a view, an operation or a parameter that does not exist.
     """
@@ -117,8 +117,9 @@ def build_views(augment: Mapping[str, Any], image_set: Images, names: Sequence[s
             nearest = near(name, views)
             advice = f"did you mean {nearest}?" if nearest else f"there are: {', '.join(views)}"
             raise UserError(f"augment.views has no view {name!r}; {advice}")
-        size = augment.get("size") or image_set.size
-        built[name] = ViewTransform(views[name], size, image_set.mean, image_set.std, f"augment.views.{name}")
+        side = augment.get("size")
+        ops, size = split_view(views[name], (side, side) if side else image_set.size)
+        built[name] = ViewTransform(ops, size, image_set.mean, image_set.std, f"augment.views.{name}")
         _refuse_other_kind(built[name], f"augment.views.{name}")
     return built
 

@@ -5,27 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-ALARMS: dict[str, tuple[Callable[[float, int], bool], str]] = {
+ALARMS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     "cross_entropy": (
         lambda value, k: abs(value - math.log(k)) <= 0.01 * math.log(k),
-        "the loss has stayed at {value:.3f} = ln {k}: every image is as likely in every cluster, nothing is "
-        "being learnt. Try a larger optim.lr, a lower temperature or epsilon, or a head initialised from k-means "
-        "(init=kmeans).",
+        "the loss has stayed at {value:.3f} = ln {k:.4g}: every image is as likely in every cluster, nothing "
+        "is being learnt. Try an optim.lr that fits the batch, a lower temperature or epsilon, a head initialised from "
+        "k-means (init=kmeans); where prototypes are learnt, keep them frozen for longer (freeze_steps), take about "
+        "ten for each expected cluster, fewer crops, or a queue that is shorter or starts later.",
     ),
     "clusters_used": (
         lambda value, k: 2 * value <= k,
-        "only {value} of {k} clusters are in use. Try a larger entropy weight, a batch of several times num_clusters, "
-        "a head initialised from k-means (init=kmeans), or fewer clusters.",
+        "only {value} of {k:.4g} clusters are in use. Try a larger entropy weight, a batch of several times "
+        "num_clusters, a head initialised from k-means (init=kmeans), or fewer clusters.",
     ),
     "assignment_entropy": (
         lambda value, k: value < 0.5 * math.log(k),
-        "a few of {k} clusters take nearly all images (entropy of cluster sizes: {value:.2f} nats). Try a larger "
+        "a few of {k:.4g} clusters take nearly all images (entropy of cluster sizes: {value:.2f} nats). Try a larger "
         "entropy weight or a larger batch; where such sizes are expected, a method for imbalanced data.",
     ),
     "mean_confidence": (
         lambda value, k: value * k < 1.05,
-        "the mean confidence is {value:.3f}, hardly above 1/{k}: the head tells no image from another. Try a larger "
-        "optim.lr, more epochs, or a head initialised from k-means (init=kmeans).",
+        "the mean confidence is {value:.3f}, hardly above 1/{k:.4g}: the head tells no image from another. Try a "
+        "larger optim.lr, more epochs, or a head initialised from k-means (init=kmeans).",
     ),
 }
 """Figure to (is it bad at this value and K?, what to say)."""
@@ -46,7 +47,7 @@ class CollapseAlarm:
     def check(
         self,
         step: int,
-        num_clusters: int,
+        num_clusters: float,
         *,
         cross_entropy: float | None = None,
         clusters_used: int | None = None,
@@ -56,6 +57,7 @@ class CollapseAlarm:
     ) -> list[str]:
         """New alarms, each one line; usually none. A figure that is None is not looked at.
 
+        num_clusters: of what the figures are about; for several sets of prototypes at once the geometric mean.
         cross_entropy: in nats, towards targets over `num_clusters`. clusters_used: clusters that got a sample, counted
         over at least a few times `num_clusters` samples. assignment_entropy: in nats, of the distribution of samples
         over clusters (ln K = equal, 0 = one takes all). mean_confidence: mean largest probability of a sample.

@@ -191,7 +191,11 @@ class Head(nn.Module):
         return Targets()
 
     def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
-        """A dict with `loss` (scalar, mean over the micro batch) and what is worth logging; called in float32."""
+        """A dict with `loss` (scalar, mean over the micro batch) and what is worth logging; called in float32.
+
+        `cross_entropy` and `entropy` (of the mean assignment; both in nats) are watched for a collapse, among
+        `num_clusters`, or among exp(`ln_k`) where that is logged too.
+        """
         raise NotImplementedError
 
     def after_step(self, outputs: Mapping[int, Output], batch: Batch) -> None:

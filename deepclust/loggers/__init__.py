@@ -7,11 +7,13 @@ Importing this file imports no torch and no wandb.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from deepclust.errors import UserError
+from deepclust.errors import Advice, UserError
 from deepclust.settings import LoggerSettings
 
 Level = Literal["info", "warning", "error"]
@@ -64,6 +66,22 @@ class Loggers:
     def message(self, text: str, level: Level = "info") -> None:
         """See `Logger.message`."""
         self._each(lambda logger: logger.message(text, level))
+
+    @contextmanager
+    def advice(self) -> Iterator[None]:
+        """Inside it, warnings of the class `Advice` are messages; all others stay what they are."""
+        with warnings.catch_warnings():
+            shown = warnings.showwarning
+
+            def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, Advice):
+                    self.message(str(message), "warning")
+                else:
+                    shown(message, category, *where, **more)
+
+            warnings.showwarning = show
+            warnings.simplefilter("always", Advice)
+            yield
 
     def finish(self, state: str) -> None:
         """See `Logger.finish`."""

@@ -151,6 +151,8 @@ def _stage_rows(summary: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(name, figures, str(figures.get("reads", "")), name == summary.get("kept_stage")))
         if figures.get("test"):
             rows.append(Row(name, figures["test"], "held-out images"))
+        if figures.get("kmeans"):
+            rows.append(Row(name, figures["kmeans"], "k-means on its features"))
     return rows
 
 

@@ -59,11 +59,13 @@ def test_every_set_makes_its_views_with_both_engines(name: str, channels: int):
     augment = augment_of(name) | {"size": 24}
     assert {"clean", "weak", "strong", "simclr"} <= set(augment["views"])
     images = smooth_images(6, channels, 40, 56)
-    for view in build_views(augment, facts(channels), list(augment["views"])).values():
+    for name, view in build_views(augment, facts(channels), list(augment["views"])).items():
+        size = view.size
+        assert size == ((24, 24) if name != "local" else size) and (name != "local" or size != (24, 24))
         batch = view.batch(images, keys(6))
         samples = torch.stack([view.sample(image, int(key)) for image, key in zip(images, keys(6))])
         for views in (batch, samples):
-            assert views.shape == (6, channels, 24, 24) and views.dtype == torch.float32
+            assert views.shape == (6, channels, *size) and views.dtype == torch.float32
             assert torch.isfinite(views).all()
 
 
@@ -220,3 +222,35 @@ def test_wrong_sections_are_refused():
     assert "size" in message({"size": 0, "views": {"weak": []}}, ["weak"])
     assert "sizes" in message({"sizes": 3, "views": {"weak": []}}, ["weak"])
     assert "views" in message({"size": 3}, ["weak"])
+
+
+# --- sizes of their own
+
+
+def test_a_view_may_have_a_size_of_its_own():
+    """In pixels, whatever the section's size, or as a share of it; the crop fills it."""
+    crop = [{"random_resized_crop": {}}]
+    views = {"plain": crop, "pixels": {"size": 10, "ops": crop}, "share": {"size": 0.5, "ops": crop}}
+    views |= {"null": {"size": None, "ops": crop}, "whole": {"size": 1.0, "ops": crop}, "two": {"size": 2, "ops": crop}}
+    for size, sides in ((None, (24, 10, 12, 24, 24, 2)), (20, (20, 10, 10, 20, 20, 2))):
+        built = build_views({"size": size, "views": views}, facts(3), list(views))
+        assert [view.size[0] for view in built.values()] == list(sides)
+        for view in built.values():
+            assert view.batch(smooth_images(3, 3), keys(3)).shape[2:] == view.size
+    wide = SimpleNamespace(size=(10, 30), mean=(0.5,), std=(0.2,))
+    assert build_views({"views": views}, wide, ["share"])["share"].size == (5, 15)
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        ({"size": 0, "ops": []}, "views.weak.size=0"),
+        ({"size": 1.5, "ops": []}, "share of augment.size"),
+        ({"size": True, "ops": []}, "pixels"),
+        ({"sise": 8, "ops": []}, "did you mean size?"),
+        ({"size": 8}, "views.weak.ops"),
+        ({"size": 8, "ops": [{"horizontal_flop": {}}]}, "views.weak.ops[0]"),
+    ],
+)
+def test_wrong_sizes_of_views_are_refused_in_words(view: Any, words: str):
+    assert words in message({"views": {"weak": view}}, ["weak"])
