@@ -67,6 +67,7 @@ class Ground:
 def predict_split(network: Network, features: torch.Tensor, rows: torch.Tensor) -> Split:
     """Clusters of features (N, D) on the CPU by the network's head."""
     device = next(network.parameters()).device
+    network.eval()  # a head may have batch statistics of its own
     with torch.no_grad():
         parts = [network.head.predict(part.to(device)).cpu() for part in features.split(4096)]
     confidence, clusters = torch.cat(parts).max(dim=1)

@@ -80,4 +80,5 @@ def _variants(
 @torch.no_grad()
 def _probabilities(network: Network, features: np.ndarray, function: Any) -> np.ndarray:
     device = next(network.parameters()).device
+    network.eval()
     return torch.cat([function(part.to(device)).cpu() for part in torch.from_numpy(features).split(4096)]).numpy()

@@ -145,8 +145,8 @@ def test_a_signal_inside_a_long_section_ends_it_at_once(whole, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("head", "workers"),
     some(
-        [("simclr", 0), ("scan", 2), ("selflabel", 0)],
-        [(head, workers) for head in ("simclr", "scan", "selflabel") for workers in (0, 2)],
+        [("simclr", 0), ("scan", 2), ("selflabel", 0), ("calibration", 0)],
+        [(head, workers) for head in ("simclr", "scan", "selflabel", "calibration") for workers in (0, 2)],
     ),
 )
 def test_every_head_goes_on_bit_for_bit_with_and_without_workers(tmp_path, monkeypatch, head, workers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from deepclust.config import load
 from deepclust.eval import calibration_scores
 from deepclust.heads.kmeans import KMeansHead
-from deepclust.model import Network
+from deepclust.model import Clusterer, Network
+from deepclust.recipe import train
 from deepclust.report.reliability import reliability_section, trust_table, trust_words
 from deepclust.trust import ask, trust
-from tests.runs import small_data, small_run
+from tests.runs import SMALL, pixels, small_data, small_run
 
 
 class Sharp(KMeansHead):
@@ -95,6 +98,21 @@ def test_a_run_reports_its_confidences(tmp_path, labels):
         assert bool(scores["calibration"]["scores"]) == (labels is not None)
     page = (tmp_path / "report.html").read_text()
     assert "Confidences</h2>" in page and page.count('class="curve reliability"') == (1 if labels is None else 2)
+
+
+def test_clusters_and_predictions_carry_the_calibrated_confidence(tmp_path):
+    words = [word for word in SMALL if not word.startswith("stages.")]
+    words += ["head=calibration", "head.mini_clusters=5", "trainer.epochs=2", "num_clusters=4", f"run.dir={tmp_path}"]
+    words += ["trainer.micro_batches=2", "optim.step_per=micro"]
+    assert train(load(words), small_data(60, [0, 1, 2, 3] * 15)) == 0
+    with open(tmp_path / "clusters.csv") as file:
+        rows = list(csv.DictReader(file))
+    p = Clusterer.load(tmp_path).predict_proba(pixels(60))
+    assert [int(row["cluster"]) for row in rows] == p.argmax(1).tolist()
+    np.testing.assert_allclose([float(row["confidence"]) for row in rows], p.max(1), atol=1e-5)
+    (scores,) = json.loads((tmp_path / "summary.json").read_text())["stages"].values()
+    assert scores["calibration"]["scores"]["predicted"]["confidence"] == pytest.approx(float(p.max(1).mean()), abs=1e-5)
+    assert "uncalibrated" in scores["calibration"]["scores"]
 
 
 def test_a_run_may_leave_it_out(tmp_path):

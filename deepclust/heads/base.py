@@ -43,8 +43,8 @@ class Output:
         embedding = None if self.embedding is None else self.embedding.detach()
         return Output(self.z.detach(), embedding, [logits.detach() for logits in self.logits])
 
-    def __getitem__(self, rows: slice) -> Output:
-        """The rows of a micro batch."""
+    def __getitem__(self, rows: slice | Tensor) -> Output:
+        """Some rows: those of a micro batch, or any by mask or indices."""
         embedding = None if self.embedding is None else self.embedding[rows]
         return Output(self.z[rows], embedding, [logits[rows] for logits in self.logits])
 
@@ -65,10 +65,10 @@ def join_outputs(parts: Sequence[Mapping[int, Output]]) -> dict[int, Output]:
 
 
 class Targets(dict[str, Tensor]):
-    """Named tensors whose first axis is the macro batch's B, so that a micro batch can take its rows."""
+    """Named tensors whose first axis is the macro batch's B, so that rows can be taken: by slice, mask or indices."""
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
+        if isinstance(key, slice | Tensor):
             return Targets({name: value[key] for name, value in self.items()})
         return super().__getitem__(key)
 
@@ -103,7 +103,7 @@ class Batch:
     group: Any = None
     targets: Targets = field(default_factory=Targets)
 
-    def __getitem__(self, rows: slice) -> Batch:
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
         return Batch(self.index[rows], self.progress, self.group)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepclust.heads.base import Batch, Head, Output, Targets, View
 from deepclust.heads.layers import ClusterLayer
+from deepclust.heads.mlp import ClusterMLP
 from deepclust.ops.collectives import gather_rows, sum_over
 from deepclust.schema import Count, Fraction, Positive
 
@@ -54,7 +55,10 @@ def _cutoffs(confidence: Tensor, labels: Tensor, num_clusters: int, quota: float
 
 
 class SelfLabel(Head):
-    """One cluster layer, taken over from the stage before. `quota` takes the place of `threshold` where it is given."""
+    """One cluster layer, taken over from the stage before. `quota` takes the place of `threshold` where it is given.
+
+    kind: `mlp` has a hidden layer of `hidden_dim` units with BatchNorm, as calibrated deep clustering uses it.
+    """
 
     def __init__(
         self,
@@ -64,8 +68,9 @@ class SelfLabel(Head):
         threshold: Fraction = 0.99,
         quota: Fraction | None = None,
         balance: bool = True,
-        kind: Literal["linear", "cosine"] = "linear",
+        kind: Literal["linear", "cosine", "mlp"] = "linear",
         temperature: Positive = 0.1,
+        hidden_dim: Count = 512,
         target_view: str = "clean",
         loss_view: str = "strong",
     ) -> None:
@@ -74,13 +79,17 @@ class SelfLabel(Head):
         self.threshold = threshold
         self.quota = quota
         self.balance = balance
-        self.layer = ClusterLayer(dim, num_clusters, kind=kind, temperature=temperature)
+        self.layer: ClusterLayer | ClusterMLP
+        if kind == "mlp":
+            self.layer = ClusterMLP(dim, hidden_dim, num_clusters)
+        else:
+            self.layer = ClusterLayer(dim, num_clusters, kind=kind, temperature=temperature)
 
     def init_from(self, previous: Head) -> None:
-        """Takes over the sub-head that the previous stage kept."""
+        """Takes over the sub-head that the previous stage kept, if it is of this one's shape."""
         layer = getattr(previous, "layer", None)
-        if isinstance(layer, ClusterLayer):
-            self.layer.copy_head(layer, int(previous.best))
+        if isinstance(layer, type(self.layer)):
+            self.layer.copy_head(layer, int(previous.best))  # pyright: ignore[reportArgumentType]
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to logits (B, K)."""
