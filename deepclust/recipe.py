@@ -100,18 +100,17 @@ def train(config: RunConfig, data: ImageData | None = None) -> int:
             step = 0 if found is None else int(found.meta["global_step"])
             loggers = build_loggers(config.logger, folder.path, world.rank, step)
             stop = StopRequest(quiet=not world.is_main)
-            run = Run(config, data, fingerprint, num_clusters, world, folder, loggers, stop, began)
-            return _run(run, found, notes)
+            return _run(Run(config, data, fingerprint, num_clusters, world, folder, loggers, stop, began), found, notes)
     finally:
         distributed.stop()
 
 
 def _run(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) -> int:
     """Introduces the run, goes through its stages and says how it ended, whatever happens."""
-    state, world = "failed", run.world
+    state = "failed"
     try:
         with run.stop, run.loggers.advice():
-            machine = {"device": str(world.device), "threads": torch.get_num_threads(), "ranks": world.size}
+            machine = {"device": str(run.world.device), "threads": torch.get_num_threads(), "ranks": run.world.size}
             run.folder.describe(run.config.text(), **machine)
             _introduce(run, found, notes)
             state = _stages(run, found)
@@ -273,6 +272,7 @@ def _hooks(run: Run, stage: Stage, images: ImageSet) -> Hooks:
         log=log,
         status=status,
         failure=failure,
+        warn=lambda text: run.tell(text, "warning"),
         stop_requested=lambda: run.world.any(run.stop.requested),
         interruptible=run.interruptible,
         save_every_steps=run.config.checkpoint.every_steps,

@@ -62,6 +62,7 @@ class TrainerSettings:
     ema: decay of the stage's teacher, None for no teacher. ema_mode `reference`: as in SCAN's code, see `Stepper`.
 
     precision `auto`: bf16 autocast where the device has it natively.
+    compile: the backbone through torch.compile; where no compiler works, training goes on without it.
     views `auto`: batched on the device if the images are in memory as uint8, else per sample in loader workers.
     """
 
@@ -76,6 +77,7 @@ class TrainerSettings:
     clip_norm: Positive | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     channels_last: bool = True
+    compile: bool = False
     device: str = "auto"
     num_threads: Count | None = None
     num_workers: Natural = 2
@@ -143,10 +145,12 @@ class EvalSettings:
 class LoggerSettings:
     """Where figures go besides metrics.jsonl, metrics.csv and log.txt, which are always written to the run folder.
 
-    console: progress on the terminal. wandb: Weights & Biases mode; `wandb_project` and `wandb_entity` say where.
+    console: progress on the terminal. tensorboard: event files in the run folder.
+    wandb: Weights & Biases mode; `wandb_project` and `wandb_entity` say where.
     """
 
     console: bool = True
+    tensorboard: bool = False
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "deepclust"
     wandb_entity: str | None = None

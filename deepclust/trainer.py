@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepclust.compilation import compile_in_place
 from deepclust.data.bank import collect, untouched
 from deepclust.data.datasets import ImageSet
 from deepclust.data.loader import Loader, Plan, ViewBatch
@@ -51,6 +52,7 @@ class Hooks:
     save: Callable[[dict[str, Any], Progress], None] = _nothing
     status: Callable[[str, Progress], None] = _nothing
     failure: Callable[[int, str], None] = _nothing
+    warn: Callable[[str], None] = _nothing
     stop_requested: Callable[[], bool] = lambda: False
     interruptible: Callable[[], AbstractContextManager[Any]] = nullcontext
     save_every_steps: int = 0
@@ -86,6 +88,10 @@ class Trainer:
             self.network.backbone.to(memory_format=torch.channels_last)
         self.head: Head = self.network.head
         self.stepper = Stepper(self.network, self.optim, self.settings, self.world)
+        if self.settings.compile:
+            reason = compile_in_place(self.network.backbone, self.device)
+            if reason is not None:
+                self.hooks.warn(reason)
         self.steps_per_epoch = -(-len(images) // self.settings.batch_size)
         budget = self.settings.num_images
         self.num_epochs = self.settings.epochs if budget is None else max(1, round(budget / len(images)))

@@ -442,8 +442,52 @@ def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: Any) -> None:
     assert [row["step"] for row in lines(folder)] == [1, 2, 3]
 
 
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_every_step_once_also_after_a_resume(tmp_path: Path) -> None:
+    importlib.import_module("torch.utils.tensorboard")
+    before = random_states()
+    for resumed, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        loggers = build_loggers({"console": False, "tensorboard": True}, tmp_path, resumed_step=resumed)
+        loggers.start({"name": "run"})
+        for step in steps:
+            loggers.log({"loss": 10.0 * resumed + step}, step, "scan")
+        loggers.table("results", ["", "ACC"], [["scan", None]])
+        loggers.finish("preempted")
+    assert random_states() == before
+    assert scalars(tmp_path) == {"scan/loss": [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]}
+    assert (tmp_path / "log.txt").read_text().count("warning") == 0
+
+
+def test_tensorboard_absent_is_a_warning(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    loggers = build_loggers({"console": False, "tensorboard": True}, tmp_path)
+    loggers.start({})
+    loggers.log({"loss": 1.0}, 1, "scan")
+    loggers.finish("finished")
+    assert (tmp_path / "log.txt").read_text().count("TensorBoard is not installed") == 1
+    assert [row["step"] for row in lines(tmp_path)] == [1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_a_run_is_the_same_with_and_without_tensorboard(tmp_path: Path) -> None:
+    from tests.runs import outcome, small_run
+
+    for name, wanted in (("with", "true"), ("without", "false")):
+        assert small_run(tmp_path / name, f"logger.tensorboard={wanted}") == 0
+    assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
+    rows = [json.loads(line) for line in (tmp_path / "with/metrics.jsonl").read_text().splitlines()]
+    wanted = [(row["step"], pytest.approx(row["loss"])) for row in rows if row["stage"] == "scan"]
+    assert scalars(tmp_path / "with")["scan/loss"] == wanted
+
+
 def test_the_protocol_is_what_the_loggers_are(tmp_path: Path) -> None:
     verbs = [name for name in vars(Logger) if not name.startswith("_")]
     assert verbs == ["start", "log", "table", "message", "finish"]
-    for logger in build_loggers({"wandb": "offline"}, tmp_path).active:
+    for logger in build_loggers({"wandb": "offline", "tensorboard": True}, tmp_path).active:
         assert all(callable(getattr(logger, verb)) for verb in verbs)

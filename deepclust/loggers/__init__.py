@@ -1,4 +1,4 @@
-"""Where a run's numbers and messages go: the terminal, files in the run folder, Weights & Biases.
+"""Where a run's numbers and messages go: the terminal, files in the run folder, Weights & Biases, TensorBoard.
 
 A logger never changes training: it draws no random numbers, and one that fails is switched off with a warning.
 Importing this file imports no torch and no wandb.
@@ -115,8 +115,12 @@ def build_loggers(settings: Mapping[str, Any], folder: Path, rank: int = 0, resu
     if chosen.console:
         loggers.insert(0, ConsoleLogger())
     together = Loggers(loggers)
+    warn = lambda text: together.message(text, "warning")  # noqa: E731
+    if chosen.tensorboard:
+        from deepclust.loggers.tensorboard import TensorBoardLogger
+
+        together.active.append(TensorBoardLogger(folder, resumed_step, warn))
     if chosen.wandb != "disabled":
-        warn = lambda text: together.message(text, "warning")  # noqa: E731
         together.active.append(WandbLogger(folder, chosen.wandb, chosen.wandb_project, chosen.wandb_entity, warn))
     return together
 
