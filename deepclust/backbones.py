@@ -23,10 +23,16 @@ class Preprocess:
 
 
 class Backbone(nn.Module):
-    """A network with `num_features` outputs; `preprocess` overrides the data set's own statistics and size."""
+    """A network with `num_features` outputs; `preprocess` overrides the data set's own statistics and size.
 
-    def __init__(self, body: nn.Module, num_features: int, preprocess: Preprocess | None = None) -> None:
+    note: what is to be said about where its weights come from.
+    """
+
+    def __init__(
+        self, body: nn.Module, num_features: int, preprocess: Preprocess | None = None, note: str = ""
+    ) -> None:
         super().__init__()
+        self.note = note
         self.body = body
         self.num_features = num_features
         self.preprocess = preprocess
@@ -124,8 +130,9 @@ def timm_backbone(
 ) -> Backbone:
     """Any timm model by name, its pooled features; with its own normalisation and input size where it is pretrained.
 
-    weights: a local file (.safetensors, or .pth read with `weights_only=True`). Raises UserError for an unknown name,
-    with the nearest ones, and for weights that cannot be had or do not fit.
+    weights: a local file (.safetensors, or .pth read with `weights_only=True`). The network may be a part of what the
+    file holds, as MoCo's `module.encoder_q.`: then all of it must be there, and nothing else but a projection head.
+    Raises UserError for an unknown name, with the nearest ones, and for weights that cannot be had or do not fit.
     """
     import difflib
 
@@ -135,8 +142,12 @@ def timm_backbone(
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models():
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise UserError(f"backbone.name={name}: timm has no such model; nearest: {', '.join(near) or 'none'}")
-    overlay = {"file": weights} if weights else None
+    overlay: dict[str, Any] | None = {"file": weights} if weights else None
+    note = ""
     try:
+        if weights:
+            part, note = _part_of(weights, timm.create_model(name, num_classes=0))
+            overlay = overlay if part is None else {"state_dict": part}
         net = timm.create_model(
             name,
             pretrained=pretrained or weights is not None,
@@ -144,6 +155,8 @@ def timm_backbone(
             num_classes=0,
             pretrained_cfg_overlay=overlay,
         )
+    except UserError:
+        raise
     except Exception as error:
         source = f"backbone.weights={weights}" if weights else f"the weights of backbone.name={name}"
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -156,7 +169,59 @@ def timm_backbone(
     size = image_size or (config["input_size"][-1] if own else None)
     preprocess = Preprocess(size, mean, std) if own or size else None
     num_features: Any = net.num_features
-    return _frozen(Backbone(net, num_features, preprocess), freeze)
+    return _frozen(Backbone(net, num_features, preprocess, note), freeze)
+
+
+PROJECTION = (
+    "fc",
+    "head",
+    "classifier",
+    "projector",
+    "projection",
+    "contrastive_head",
+    "mlp",
+    "predictor",
+    "prototypes",
+)
+"""What the layers on top of a backbone are called in published checkpoints."""
+
+
+def _part_of(weights: str, net: nn.Module) -> tuple[dict[str, Tensor] | None, str]:
+    """The network's tensors where a checkpoint file has them below a prefix, and a line that says so; else None, "".
+
+    Raises UserError unless the network is there as a whole, with nothing beside it but layers that `PROJECTION` names.
+    """
+    state = _read_state(weights)
+    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    first = next(iter(wanted))
+    prefixes = dict.fromkeys(key.removesuffix(first) for key in state if key.endswith(first))
+    if not prefixes or "" in prefixes:
+        return None, ""
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted))
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    missing = [key for key in wanted if key not in part]
+    others = [key for key in part if key not in net.state_dict()]
+    strange = [key for key in others if key.split(".")[0] not in PROJECTION]
+    loaded = f"backbone.weights={weights}: {len(wanted) - len(missing)} of {len(wanted)} tensors found under {prefix}"
+    if missing or strange:
+        faults = [f"missing: {', '.join(missing[:3])}"] if missing else []
+        faults += [f"not of this network: {', '.join(strange[:3])}"] if strange else []
+        raise UserError(f"{loaded}; {'; '.join(faults)}. Choose the backbone.name that these weights were trained with")
+    note = " ".join([loaded + ("; left out:" if others else ""), *sorted(others)])
+    return {key: value for key, value in part.items() if key not in others}, note
+
+
+def _read_state(weights: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file by name, taken out of `state_dict` or the like."""
+    if weights.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(weights)
+    state: Any = torch.load(weights, map_location="cpu", weights_only=True)
+    for name in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    return {str(key): value for key, value in dict(state).items() if isinstance(value, Tensor)}
 
 
 def _frozen(backbone: Backbone, prefixes: list[str] | None) -> Backbone:

@@ -209,6 +209,7 @@ def _check(composed: Composed, overrides: Sequence[str], problems: list[str]) ->
     if problems:
         return None
     _check_relations(stages, problems)
+    _check_frozen(nodes["backbone"], stages, problems)
     _check_given_is_used(composed, problems)
     if problems:
         return None
@@ -363,6 +364,17 @@ def _check_given_is_used(composed: Composed, problems: list[str]) -> None:
                 f"{path}.epochs={show(merged['epochs'])}: would do nothing, since num_images={show(budget)} decides; "
                 f"give {path}.num_images, or add {path}.num_images=null"
             )
+
+
+def _check_frozen(backbone: Mapping[str, Any], stages: Mapping[str, Stage], problems: list[str]) -> None:
+    """A backbone that the first stage does not train must have been trained before."""
+    name, first = next(iter(stages.items()))
+    untrained = "weights" in backbone and not backbone["weights"] and not backbone.get("pretrained")
+    if untrained and first.optim.backbone_lr == 0:
+        problems.append(
+            f"stages.{name}.optim.backbone_lr=0: the backbone would stay as it was drawn at random; "
+            "give backbone.weights=FILE or backbone.pretrained=true"
+        )
 
 
 def _check_relations(stages: Mapping[str, Stage], problems: list[str]) -> None:

@@ -221,6 +221,9 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
         pretrained=previous is None,
         trust=config.trust,
     )
+    note = getattr(network.backbone, "note", "")
+    if previous is None and note:
+        run.tell(note)
     if previous is not None:
         network.backbone.load_state_dict(previous.backbone.state_dict())
         network.head.init_from(previous.head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 from deepclust.backbones import cifar_resnet, small_convnet, timm_backbone
@@ -20,8 +21,6 @@ def test_small_nets_take_small_images(size, channels):
 
 @pytest.mark.parametrize("depth", [18, 34])
 def test_resnets_keep_the_resolution_of_small_images(depth):
-    import torchvision
-
     net = cifar_resnet(3, depth=depth)
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 512) == (2, net.num_features)
     stem = net.body.conv1(torch.randn(1, 3, 32, 32))
@@ -102,3 +101,32 @@ def test_resnets_and_pooled_timm_models_take_crops_of_any_size():
     for net in (cifar_resnet(3), timm_backbone(3, name="resnet10t")):
         for side in (32, 18):
             assert net(torch.randn(1, 3, side, side).repeat(2, 1, 1, 1)).shape == (2, net.num_features)
+
+
+def moco_checkpoint(path, net, **more):
+    """A file as MoCo's code writes it: the query encoder below its prefix, its projection head in place of fc."""
+    state = {f"module.encoder_q.{key}": value for key, value in net.state_dict().items() if not key.startswith("fc.")}
+    head = {f"module.encoder_q.fc.{layer}.{kind}": torch.zeros(3) for layer in (0, 2) for kind in ("weight", "bias")}
+    torch.save({"epoch": 800, "arch": "resnet18", "state_dict": {**state, **head, **more}}, path)
+    return state
+
+
+def test_a_moco_checkpoint_loads_whole_and_says_so(tmp_path):
+    torch.manual_seed(0)
+    net, path = torchvision.models.resnet18().eval(), tmp_path / "moco.pth.tar"
+    net.fc = torch.nn.Identity()
+    state = moco_checkpoint(path, net)
+    backbone = timm_backbone(3, name="resnet18", weights=str(path)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images), net(images))
+    wanted = len([key for key in state if "num_batches" not in key])
+    assert f"{wanted} of {wanted} tensors found under module.encoder_q." in backbone.note
+    assert "left out: fc.0.bias fc.0.weight fc.2.bias fc.2.weight" in backbone.note
+    with torch.no_grad():
+        assert timm_backbone(1, name="resnet18", weights=str(path))(images[:, :1]).shape == (2, 512)
+    moco_checkpoint(path, net, **{"module.encoder_q.layer5.0.conv1.weight": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"100 of 100 tensors .* not of this network: layer5\.0\.conv1\.weight"):
+        timm_backbone(3, name="resnet18", weights=str(path))
+    with pytest.raises(UserError, match=r"100 of 180 tensors .*missing: layer1\.2\.conv1\.weight"):
+        timm_backbone(3, name="resnet34", weights=str(path))
