@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -189,3 +191,37 @@ def test_self_label_is_always_finite(num: int, clusters: int, log_scale: float, 
     found = self_label(torch.log_softmax(rows(num, clusters, 10**log_scale, kind), 1), max_iters=200)
     assert found.labels.shape == (num,) and int(found.labels.min()) >= 0 and int(found.labels.max()) < clusters
     assert found.log_cluster_scale.isfinite().all() and found.log_sample_scale.isfinite().all()
+
+
+def test_pot_as_a_backend_gives_the_same_labels() -> None:
+    log_probs = torch.log_softmax(rows(120, 6, 2.0), 1)
+    own = self_label(log_probs, power=10.0, tol=1e-9)
+    by_pot = self_label(log_probs, power=10.0, tol=1e-9, backend="pot", max_iters=10_000)
+    assert torch.equal(own.labels, by_pot.labels) and by_pot.violation <= 1e-8
+    assert own.cost == pytest.approx(by_pot.cost, rel=1e-12)
+    with pytest.raises(ValueError, match="takes a tensor"):
+        self_label(lambda: iter([log_probs]), backend="pot")
+    with pytest.raises(ValueError, match="takes a tensor"):
+        self_label(log_probs, backend="pot", stop="paper")
+    with pytest.raises(ValueError, match="'own' and 'pot'"):
+        sinkhorn(log_probs, backend="cvx")  # pyright: ignore[reportArgumentType]
+
+
+def test_streamed_labels_never_hold_all_log_probabilities() -> None:
+    """3,000 clusters: chunks are made when asked for, and each is gone when the next one comes."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    passes = 0
+
+    def chunks() -> Iterator[torch.Tensor]:
+        nonlocal passes
+        passes += 1
+        for start in range(10):
+            logits = rows(20, 3000, 2.0, seed=start)
+            alive[:] = [made for made in alive if made() is not None]
+            assert len(alive) <= 2
+            chunk = torch.log_softmax(logits, 1)
+            alive.append(weakref.ref(chunk))
+            yield chunk
+
+    found = self_label(chunks, power=2.0, max_iters=5)
+    assert passes >= 5 and found.labels.shape == (200,) and found.log_cluster_scale.shape == (3000,)

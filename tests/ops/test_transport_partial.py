@@ -206,3 +206,27 @@ def test_mass_schedule(t: float, expected: float) -> None:
     assert mass_schedule(int(400 * t), 400) == pytest.approx(expected, abs=1e-6)
     assert mass_schedule(int(400 * t), 400, shape="linear") == pytest.approx(0.1 + 0.9 * t)
     assert mass_schedule(500, 400) == 1.0
+
+
+@pytest.mark.parametrize(("mass", "kl_weight"), [(1.0, 1.0), (1.0, math.inf), (0.4, math.inf)])
+@pytest.mark.filterwarnings("ignore:If reg_type = entropy")
+def test_pot_as_a_backend_gives_the_same(mass: float, kl_weight: float) -> None:
+    logits = rows(80, 6, 2.0).double()
+    options: dict[str, Any] = {"mass": mass, "kl_weight": kl_weight, "tol": 1e-10, "max_iters": 20_000}
+    own, by_pot = partial_transport(logits, **options), partial_transport(logits, **options, backend="pot")
+    torch.testing.assert_close(by_pot.plan, own.plan, atol=1e-7, rtol=0)
+    assert by_pot.violation < 1e-7 and by_pot.mass == pytest.approx(mass, abs=1e-8)
+    again = partial_transport(logits, **options, warm_start=by_pot.log_cluster_scale)
+    assert again.num_iters < own.num_iters
+
+
+def test_what_pot_cannot_do_is_said() -> None:
+    logits = rows(8, 3, 1.0)
+    with pytest.raises(ValueError, match=r"cannot solve mass=0.5 with kl_weight=1.0"):
+        partial_transport(logits, mass=0.5, backend="pot")
+    with pytest.raises(ValueError, match="no warm_start"):
+        partial_transport(logits, mass=1.0, backend="pot", warm_start=torch.zeros(4))
+    with pytest.raises(ValueError, match="one process"):
+        partial_transport(logits, mass=1.0, backend="pot", group=object())
+    with pytest.raises(ValueError, match="'own' and 'pot'"):
+        partial_transport(logits, mass=1.0, backend="cvx")  # pyright: ignore[reportArgumentType]

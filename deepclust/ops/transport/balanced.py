@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.precision import exact, plain, wide
-from deepclust.ops.transport.shared import all_max, all_sum, refuse_not_finite
+from deepclust.ops.transport import pot
+from deepclust.ops.transport.shared import all_max, all_sum, exp_, refuse_not_finite
 
-CHUNK_BYTES = 8_388_608  # rows worked on at a time on a CPU: exp, row and column sums then stay in the last-level cache
+CHUNK_BYTES = 8_388_608  # of rows worked on at a time on a CPU: they stay in the last-level cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
 MAX_RANGE = 1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
 
@@ -40,10 +41,12 @@ def sinkhorn(
         raise ValueError(
             f"sinkhorn: scores {tuple(scores.shape)} must be (B, K), epsilon {epsilon} > 0, num_iters {num_iters} >= 1"
         )
+    pot.check_backend(backend, group)
     scores = plain(scores)
     marginal = _marginal(column_marginal, scores)
     if backend == "pot":
-        return _pot(scores, epsilon, num_iters, marginal, group)
+        refuse_not_finite(scores, "scores", group)
+        return pot.codes(scores, epsilon, num_iters, marginal)
     codes = torch.empty(scores.shape, dtype=scores.dtype, device=scores.device)
     spread = _scale(scores, codes, epsilon, num_iters, marginal, group)
     lost = ~(spread <= MAX_RANGE)  # also where it is NaN
@@ -105,7 +108,8 @@ def _first_sums(scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int
         if not chunk.numel():
             break
         row_max = part.amax(1)
-        torch.add((row_max * -sharpness)[:, None], part, alpha=sharpness, out=chunk).clamp_min_(LOG_ZERO).exp_()
+        torch.add((row_max * -sharpness)[:, None], part, alpha=sharpness, out=chunk)
+        exp_(chunk.clamp_min_(LOG_ZERO))
         higher = torch.maximum(peak, row_max.amax())
         sums = sums * ((peak - higher) * sharpness).exp()
         peak = higher
@@ -132,14 +136,3 @@ def _log_column_sums(log_plan: Tensor, group: Any) -> Tensor:
     top = log_plan.amax(0) if len(log_plan) else log_plan.new_full((clusters,), -torch.inf)
     top = all_max(top, group)
     return top + all_sum((log_plan - top).exp().sum(0), group).log()
-
-
-def _pot(scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group: Any) -> Tensor:
-    if group is not None:
-        raise ValueError("backend 'pot' knows one process only; use the default backend with a process group")
-    import ot
-
-    share = scores.new_full((len(scores),), 1.0 / max(1, len(scores)))
-    options = {"method": "sinkhorn_log", "numItermax": num_iters, "stopThr": 0.0, "warn": False}
-    plan: Any = ot.sinkhorn(share, marginal, -scores, epsilon, **options)
-    return len(scores) * plan

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.precision import exact, wide
+from deepclust.ops.transport import pot
 from deepclust.ops.transport.scaling import Balance, Kernel, balance, chunk_rows
 from deepclust.ops.transport.shared import all_max, all_sum
 
@@ -23,7 +24,7 @@ class SelfLabelResult:
 
     labels: (n,) int64. cost: mean of -log_probs at the labels, over all ranks. log_cluster_scale: (K,) and
     log_sample_scale: (n,), float64: exp(power * log_probs + both) is the plan; its rows sum to 1/N, its columns
-    approach 1/K. violation: sum over clusters of |column sum - 1/K|.
+    approach 1/K. violation: sum over clusters of |column sum - 1/K|. num_iters: for backend "pot" the limit.
     """
 
     labels: Tensor
@@ -43,6 +44,7 @@ def self_label(
     stop: Literal["marginal", "paper"] = "marginal",
     max_iters: int = 5000,
     group: Any = None,
+    backend: Literal["own", "pot"] = "own",
 ) -> SelfLabelResult:
     """Balanced hard labels: argmax of diag(r) P^power diag(c) with rows of 1/N and columns of 1/K.
 
@@ -54,14 +56,20 @@ def self_label(
     stop="paper": plain iterations until sum |c / c_new - 1| over all N samples, looked at every tenth iteration, is at
     most `tol` (0.1 in the paper's ImageNet runs). `tol` defaults to 1e-4 and 0.1.
 
-    Raises ValueError for values that are not finite. Source: SeLa (Asano et al. 2020), equations 5 to 8.
+    backend "pot" asks the POT library: for a tensor, on one process, with stop="marginal".
+
+    Raises ValueError for values that are not finite, or what the backend cannot do.
+    Source: SeLa (Asano et al. 2020), equations 5 to 8.
     """
     if power <= 0 or stop not in ("marginal", "paper"):
         raise ValueError(f"power={power} must be positive and stop={stop!r} 'marginal' or 'paper'")
+    pot.check_backend(backend, group)
     chunks = _chunks(log_probs)
     kernel = Kernel(chunks, isinstance(log_probs, Tensor), group, "log_probs")
     log_target = torch.full((kernel.num_clusters,), -math.log(kernel.num_clusters), dtype=torch.float64)
-    if stop == "paper":
+    if backend == "pot":
+        solution = _by_pot(log_probs, kernel, power, log_target, 1e-4 if tol is None else tol, max_iters, stop)
+    elif stop == "paper":
         solution = _paper(kernel, power, log_target, 0.1 if tol is None else tol, max_iters)
     else:
         solution = balance(kernel, power, log_target, tol=1e-4 if tol is None else tol, max_iters=max_iters)
@@ -77,6 +85,20 @@ def _chunks(log_probs: Tensor | Callable[[], Iterable[Tensor]]) -> Callable[[], 
     if log_probs.ndim != 2:
         raise ValueError(f"log_probs {tuple(log_probs.shape)} must be (N, K)")
     return lambda: log_probs.split(chunk_rows(log_probs.shape[1], log_probs.device))
+
+
+def _by_pot(
+    log_probs: Any, kernel: Kernel, power: float, log_target: Tensor, tol: float, max_iters: int, stop: str
+) -> Balance:
+    """POT's scales; the samples' scales and the violation are then those of one round of our own."""
+    if not isinstance(log_probs, Tensor) or stop != "marginal":
+        raise ValueError(f"backend 'pot' takes a tensor and stop='marginal', not {type(log_probs).__name__}, {stop!r}")
+    target = log_target.exp().to(kernel.log_rows)
+    _, log_scale = pot.hard_columns(wide(log_probs), target, 1.0 / power, tol, max_iters)
+    start = log_scale.cpu().double()
+    kernel.absorb(start, power)
+    shares = kernel.shares(start)
+    return Balance(start, shares, max_iters, float((shares - target.cpu()).abs().sum()))
 
 
 def _paper(kernel: Kernel, power: float, log_target: Tensor, tol: float, max_iters: int) -> Balance:

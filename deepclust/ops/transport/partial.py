@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.precision import exact, plain, wide
+from deepclust.ops.transport import pot
 from deepclust.ops.transport.scaling import Balance, Kernel, balance, chunk_rows
 
 
@@ -41,6 +42,7 @@ def partial_transport(
     max_iters: int = 1000,
     warm_start: Tensor | None = None,
     group: Any = None,
+    backend: Literal["own", "pot"] = "own",
 ) -> TransportResult:
     """Soft pseudo-labels by partial, unbalanced optimal transport.
 
@@ -52,14 +54,27 @@ def partial_transport(
     With a process `group` logits are this rank's rows of one problem. warm_start: a former `log_cluster_scale`.
     Rows and total mass are exact after every round; `tol` bounds the violation of the columns.
 
-    Raises ValueError for logits that are not finite, or settings out of range. Source: P2OT (Zhang et al. 2024),
-    equations 3 to 6; the virtual cluster's scale is solved for in every round, where the paper iterates it.
+    backend "pot" asks the POT library where it has the same problem, mass=1 or kl_weight=inf, on one process and
+    without a warm start; num_iters is then the limit.
+
+    Raises ValueError for logits that are not finite, settings out of range, or what the backend cannot do.
+    Source: P2OT (Zhang et al. 2024), equations 3 to 6; the virtual cluster's scale is solved for in every round,
+    where the paper iterates it.
     """
     check_settings(logits, mass, kl_weight, epsilon)
     logits = plain(logits)
+    pot.check_backend(backend, group)
     benefit = torch.log_softmax(wide(logits), 1)
     chunks = partial(benefit.split, chunk_rows(benefit.shape[1], benefit.device))
     kernel = Kernel(chunks, True, group, "logits")
+    if backend == "pot":
+        if warm_start is not None:
+            raise ValueError("backend 'pot' takes no warm_start; leave it out or use the default backend")
+        plan, log_scale = pot.partial(logits, mass, kl_weight, epsilon, tol, max_iters)
+        solution = solve(kernel, mass, kl_weight, epsilon, tol, 1, torch.cat([log_scale, log_scale[:1]]))
+        known, plan = result(kernel, solution, mass, logits), plan * len(logits)
+        used = float(plan.sum()) / len(logits)
+        return TransportResult(plan.to(logits.dtype), known.log_cluster_scale, max_iters, used, known.violation)
     solution = solve(kernel, mass, kl_weight, epsilon, tol, max_iters, warm_start)
     return result(kernel, solution, mass, logits)
 
@@ -111,12 +126,12 @@ def _start(warm_start: Tensor, clusters: int) -> Tensor:
 
 def result(kernel: Kernel, solution: Balance, mass: float, like: Tensor) -> TransportResult:
     """The plan of the last round, in the dtype and on the device of `like` (n, K)."""
-    plan = torch.empty_like(like)
+    plan = like.new_empty(like.shape)
     for rows, part, row_max, scale in kernel.parts(solution.log_scale):
         log_sums = kernel.log_rows[rows]
         if mass < 1:
             log_sums = torch.logaddexp(log_sums, torch.full_like(log_sums, kernel.log_virtual))
-        plan[rows] = (part * scale * (row_max - log_sums).exp()[:, None]).to(plan.dtype)
+        plan[rows] = (part * scale).mul_((row_max - log_sums).exp()[:, None])
     # at mass 1 the virtual cluster is empty: a scale too small to matter, finite for whoever stores it
     virtual = kernel.log_virtual if mass < 1 else float(solution.log_scale.amin()) - 1e4
     log_scale = torch.cat([solution.log_scale, solution.log_scale.new_tensor([virtual])]).to(wide(like[:0]))

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deepclust.ops.collectives import gather_rows, row_counts
 from deepclust.ops.precision import wide
-from deepclust.ops.transport.shared import all_max, all_sum
+from deepclust.ops.transport.shared import all_max, all_sum, exp_
 
-CHUNK_BYTES = 1_048_576  # of the kernel worked on at a time on a CPU, so that a round reads memory once
+CHUNK_BYTES = 2_097_152  # of the kernel worked on at a time on a CPU, so that a round reads memory once
 EASY_RANGE = 200.0  # of sharpness * benefit in a row: there scales of 1 are a good start
 MEMORY = 8  # differences that Anderson's mixing keeps
 FARTHEST = 100.0  # of an extrapolated move, in plain steps
@@ -28,7 +29,7 @@ ROUGH = 1e-3  # violation that will do on the way to the asked sharpness
 
 def chunk_rows(num_clusters: int, device: torch.device) -> int:
     """Rows of a (rows, K) float64 chunk; a GPU takes all rows it can hold at once."""
-    budget = CHUNK_BYTES if device.type == "cpu" else 256 * CHUNK_BYTES
+    budget = CHUNK_BYTES if device.type == "cpu" else 128 * CHUNK_BYTES
     return max(1, budget // (8 * max(1, num_clusters)))
 
 
@@ -71,12 +72,15 @@ class Kernel:
 
     def _build(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(kernel (rows, K) with row maximum 1, log of what each row was divided by (rows,)) chunk by chunk."""
-        absorbed = self.absorbed.to(self.device)
+        absorbed = self.absorbed.to(self.dtype).to(self.device)
         for chunk in self.chunks():
-            kernel = wide(chunk) * self.sharpness
-            kernel += absorbed
+            # laid out along the longer side: matrix-vector products along long lines take half the time
+            shape = chunk.shape if chunk.shape[1] > chunk.shape[0] else chunk.T.shape
+            kernel = torch.empty(shape, dtype=self.dtype, device=self.device)
+            kernel = kernel if shape == chunk.shape else kernel.T
+            torch.add(absorbed, wide(chunk), alpha=self.sharpness, out=kernel)
             row_max = kernel.amax(1) if len(chunk) else kernel.new_zeros(0)
-            yield kernel.sub_(row_max[:, None]).exp_(), row_max
+            yield exp_(kernel.sub_(row_max[:, None])), row_max
 
     def absorb(self, log_scale: Tensor, sharpness: float) -> None:
         """Moves the clusters' scales into the kernel: from here on exp(sharpness * benefit + log_scale)."""
@@ -86,9 +90,10 @@ class Kernel:
     def parts(self, log_scale: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """(rows, kernel, row_max, scale (K,)) by chunk, kernel * scale being the kernel under `log_scale`."""
         # a quarter of the exponent's range: three such factors may meet in one product
-        if not self.keep or (log_scale - self.absorbed).abs().amax() > 0.25 * math.log(torch.finfo(self.dtype).max):
+        farthest = float(np.abs(log_scale.numpy() - self.absorbed.numpy()).max())
+        if not self.keep or farthest > 0.25 * math.log(torch.finfo(self.dtype).max):
             self.absorb(log_scale, self.sharpness)
-        scale = (log_scale - self.absorbed).exp().to(self.device)
+        scale = self._scale(log_scale)
         start = 0
         for kernel, row_max in self.stored if self.keep else self._build():
             yield slice(start, start + len(kernel)), kernel, row_max, scale
@@ -113,8 +118,11 @@ class Kernel:
                 weights = row_sums.reciprocal()
                 self.log_rows[rows] = row_sums.log_() + row_max
             sums.addmv_(kernel.T, weights)
-        scale = (log_scale - self.absorbed).exp().to(self.device)
-        return all_sum(sums * scale / self.total, self.group).cpu().double()
+        return all_sum(sums * self._scale(log_scale) / self.total, self.group).cpu().double()
+
+    def _scale(self, log_scale: Tensor) -> Tensor:
+        """(K,) what of the clusters' scales is not in the kernel."""
+        return torch.from_numpy(np.exp(log_scale.numpy() - self.absorbed.numpy())).to(self.dtype).to(self.device)
 
     def _virtual(self) -> Tensor:
         return self.log_rows.new_tensor(self.log_virtual)
@@ -148,21 +156,22 @@ class Mixing:
     """Anderson's extrapolation of a fixed-point iteration x -> x + step (Walker and Ni 2011, type II)."""
 
     def __init__(self) -> None:
-        self.points: list[Tensor] = []
-        self.steps: list[Tensor] = []
+        self.last: tuple[np.ndarray, np.ndarray] | None = None
+        self.changes: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def next(self, x: Tensor, step: Tensor) -> Tensor:
-        """(K,) the next point; with no history, the plain x + step."""
-        self.points = [*self.points[-MEMORY:], x + step]
-        self.steps = [*self.steps[-MEMORY:], step]
-        if len(self.steps) == 1:
-            return self.points[-1]
-        step_changes = torch.stack(self.steps, 1).diff(dim=1)
-        point_changes = torch.stack(self.points, 1).diff(dim=1)
-        normal = step_changes.T @ step_changes
-        normal.diagonal().add_(1e-10 * normal.diagonal().amax() + torch.finfo(normal.dtype).tiny)
-        move = step - point_changes @ torch.linalg.solve(normal, step_changes.T @ step)
-        return x + move * min(1.0, float(FARTHEST * step.abs().amax() / move.abs().amax()))
+    def next(self, x: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """(K,) float64: the next point; with no history, the plain x + step."""
+        point, before = x + step, self.last
+        self.last = point, step
+        if before is None:
+            return point
+        self.changes = [*self.changes[1 - MEMORY :], (point - before[0], step - before[1])]
+        point_changes, step_changes = (np.stack(part) for part in zip(*self.changes))
+        normal = step_changes @ step_changes.T
+        diagonal = np.einsum("ii->i", normal)
+        diagonal += 1e-10 * diagonal.max() + np.finfo(normal.dtype).tiny
+        move = step - np.linalg.solve(normal, step_changes @ step) @ point_changes
+        return x + move * min(1.0, FARTHEST * np.abs(step).max() / (np.abs(move).max() + 1e-300))
 
 
 @dataclass(frozen=True)
@@ -215,20 +224,26 @@ def balance(
 def _rounds(
     kernel: Kernel, log_scale: Tensor, log_target: Tensor, exponent: float, mass: float, tol: float, max_iters: int
 ) -> Balance:
-    mixing, best, plain_point = Mixing(), math.inf, log_scale
+    mixing, best, scale, target = Mixing(), math.inf, log_scale.numpy(), log_target.numpy()
+    plain_point = scale
     for round_number in range(1, max_iters + 1):
-        shares = kernel.shares(log_scale, mass)
-        log_shares = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
-        step = exponent * (log_target - log_shares) - (1.0 - exponent) * log_scale
+        shares = kernel.shares(torch.from_numpy(scale), mass).numpy()
+        log_shares = np.log(np.maximum(shares, np.finfo(shares.dtype).tiny))
+        step = exponent * (target - log_shares) - (1.0 - exponent) * scale
         # a common factor of all scales changes no plan: take the one under which the update keeps the mass
-        step -= torch.logsumexp(log_shares + step, 0) - math.log(mass)
-        violation = float(((log_shares + step).exp() - shares).abs().sum()) / mass
+        step -= _log_sum_exp(log_shares + step) - math.log(mass)
+        violation = float(np.abs(np.exp(log_shares + step) - shares).sum()) / mass
         if violation <= tol or round_number == max_iters:
             break
         if violation > 2 * best:  # an extrapolation led astray: back to the best point, forget, take a plain step
-            mixing, best, log_scale = Mixing(), math.inf, plain_point
+            mixing, best, scale = Mixing(), math.inf, plain_point
             continue
         if violation < best:
-            best, plain_point = violation, log_scale + step
-        log_scale = mixing.next(log_scale, step)
-    return Balance(log_scale, shares, round_number, violation)
+            best, plain_point = violation, scale + step
+        scale = mixing.next(scale, step)
+    return Balance(torch.from_numpy(scale), torch.from_numpy(shares), round_number, violation)
+
+
+def _log_sum_exp(x: np.ndarray) -> float:
+    top = float(x.max())
+    return top + math.log(float(np.exp(x - top).sum()))

