@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,14 @@ SHAPES = {
     "e": (100_000, 64, 3000, 5),
 }
 """rows, dimension, clusters, passes."""
+MODULES = {
+    "ours": "deepclust",
+    "faiss": "faiss",
+    "scikit-learn": "sklearn",
+    "fastkmeans, own start": "fastkmeans",
+    "fast-pytorch-kmeans": "fast_pytorch_kmeans",
+}
+PEERS = tuple(MODULES)
 
 
 def features(num: int, dim: int) -> Tensor:
@@ -72,33 +84,33 @@ def products(x: Tensor, start: Tensor) -> Contestants:
     return {"floor torch": by_torch, "floor numpy": by_numpy, "floor oneDNN": by_onednn}
 
 
-def kmeans_contestants(x: Tensor, start: Tensor, updates: int) -> Contestants:
-    """Runs that return their centroids (K, D)."""
-    number, dim = start.shape
-    contestants: Contestants = {"ours": partial(by_ours, x, start, updates)}
-    if find_spec("faiss"):
-        contestants["faiss"] = partial(by_faiss, x, start, updates)
-    if find_spec("sklearn"):
-        contestants["scikit-learn"] = partial(by_sklearn, x, start, updates)
-    if find_spec("fast_pytorch_kmeans"):
-        from fast_pytorch_kmeans import KMeans as FastTorch
+def kmeans_contestants(x: Tensor, start: Tensor, updates: int, peers: Sequence[str] = PEERS) -> Contestants:
+    """Runs that return their centroids (K, D), of the libraries that are installed."""
+    runs = {
+        "ours": by_ours,
+        "faiss": by_faiss,
+        "scikit-learn": by_sklearn,
+        "fastkmeans, own start": by_fastkmeans,
+        "fast-pytorch-kmeans": by_fast_torch,
+    }
+    return {name: partial(runs[name], x, start, updates) for name in peers if find_spec(MODULES[name])}
 
-        def by_fast_torch() -> Tensor:
-            run = FastTorch(number, max_iter=updates, tol=0)
-            run.fit_predict(x, start.clone())
-            return run.centroids
 
-        contestants["fast-pytorch-kmeans"] = by_fast_torch
-    if find_spec("fastkmeans"):
-        from fastkmeans import FastKMeans
+def by_fast_torch(x: Tensor, start: Tensor, updates: int) -> Tensor:
+    from fast_pytorch_kmeans import KMeans
 
-        def by_fastkmeans() -> Tensor:
-            run = FastKMeans(dim, number, niter=updates, tol=-1, gpu=False, max_points_per_centroid=None)
-            run.train(x.numpy())
-            return torch.as_tensor(run.centroids)
+    run = KMeans(len(start), max_iter=updates, tol=0)
+    run.fit_predict(x, start.clone())
+    return run.centroids
 
-        contestants["fastkmeans, own start"] = by_fastkmeans
-    return contestants
+
+def by_fastkmeans(x: Tensor, start: Tensor, updates: int) -> Tensor:
+    """It draws its own rows and takes no start."""
+    from fastkmeans import FastKMeans
+
+    run = FastKMeans(x.shape[1], len(start), niter=updates, tol=-1, gpu=False, max_points_per_centroid=None)
+    run.train(x.numpy())
+    return torch.as_tensor(run.centroids)
 
 
 def by_ours(x: Tensor, start: Tensor, updates: int) -> Tensor:
@@ -121,6 +133,41 @@ def by_sklearn(x: Tensor, start: Tensor, updates: int) -> Tensor:
 
     run = KMeans(len(start), init=start.numpy(), n_init=1, max_iter=updates, tol=0)
     return torch.from_numpy(run.fit(x.numpy()).cluster_centers_)
+
+
+def bench_memory(_: int, shapes: str) -> None:
+    """Peak of memory beyond the rows and the start, each in a fresh process."""
+    for shape in shapes.split(","):
+        peaks = {}
+        for name in ("ours", "faiss", "scikit-learn"):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                peaks[name] = pool.submit(peak_memory, name, shape, torch.get_num_threads()).result()
+        print(f"memory {shape}: " + ", ".join(f"{name} {peak:.0f} MB" for name, peak in peaks.items() if peak >= 0))
+
+
+def peak_memory(name: str, shape: str, num_threads: int) -> float:
+    """MB of resident memory above what stood before the run, -1 where the library is missing."""
+    torch.set_num_threads(num_threads)
+    num, dim, num_clusters, _ = SHAPES[shape]
+    x = features(num, dim)
+    start = some_rows(x, num_clusters)
+    small = kmeans_contestants(x[: 2 * num_clusters], start, 1, peers=[name])
+    if name not in small:
+        return -1.0
+    small[name]()
+    run = kmeans_contestants(x, start, 3, peers=[name])[name]
+    # Memory that is free but not given back would hide what the run takes.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    """MB of a field of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def inertias(x: Tensor, timings: Mapping[str, Timing]) -> dict[str, str]:

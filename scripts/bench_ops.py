@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench_kmeans import SHAPES, bench_batched, bench_lloyd, bench_warm
+from bench_kmeans import SHAPES, bench_batched, bench_lloyd, bench_memory, bench_warm
 from bench_neighbors import bench_knn
 from bench_transport import bench_partial, bench_self_label, bench_sinkhorn
 
@@ -24,6 +24,7 @@ BENCHES: dict[str, Callable[[int, str], None]] = {
     "lloyd": bench_lloyd,
     "warm": bench_warm,
     "batched": bench_batched,
+    "memory": bench_memory,
     "sinkhorn": bench_sinkhorn,
     "self_label": bench_self_label,
     "partial": bench_partial,
@@ -34,7 +35,7 @@ BENCHES: dict[str, Callable[[int, str], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(BENCHES), help=f"comma-separated, of {', '.join(BENCHES)}")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of the rows called lloyd")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of the rows called lloyd and memory")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

@@ -121,7 +121,7 @@ class Problems:
         self.spread = (square - mean.square().sum(1)).clamp_min(0)
         far = ~torch.tensor(spherical) & (mean.square().sum(1) > 4 * self.spread)
         self.shift = torch.where(far[:, None], mean, 0).to(x.dtype)[:, None]
-        self.x = F.normalize(x, dim=2) if spherical else x - self.shift
+        self.x = F.normalize(x, dim=2) if spherical else x - self.shift if bool(far.any()) else x
         self.weights = weights
         self.num_clusters, self.spherical, self.settings = num_clusters, spherical, settings
         self.move_by = 2.0**-5 * (self.spread / x.shape[2]).sqrt()
@@ -146,39 +146,49 @@ class Problems:
         generators = [torch.Generator().manual_seed(stream) for stream in streams]
         labels = torch.zeros(num_problems, num, dtype=torch.int64, device=self.x.device)
         iterations, empties = torch.zeros(2, num_problems, dtype=torch.int64, device=self.x.device)
-        stale = torch.ones_like(iterations, dtype=torch.bool)
+        # Centroids whose scores are not up to date.
+        stale = torch.ones(num_problems, self.num_clusters, dtype=torch.bool, device=self.x.device)
+        if self.x.device.type == "cpu":
+            self.scores = self.x.new_empty(num_problems, num, self.num_clusters)
         live = torch.arange(num_problems, device=self.x.device)
         while len(live) and int(iterations.max()) < self.settings.num_iters:
-            before = centroids[live]
-            labels[live] = self.assign(live, before)
+            before = self._of(live, centroids)
+            labels[live] = self.assign(live, before, stale)
             moved, empties[live] = self.move(live, before, labels[live], empties[live], generators)
-            centroids[live], stale[live] = moved, (moved != before).flatten(1).any(1)
-            travelled = torch.linalg.vector_norm(moved - before, dim=(1, 2)).double().square_()
+            changed = (moved != before).any(2)
+            place, cluster = torch.nonzero(changed, as_tuple=True)
+            distances = torch.linalg.vector_norm(moved[place, cluster] - before[place, cluster], dim=1).double()
+            travelled = torch.zeros(len(live), dtype=torch.float64, device=self.x.device)
+            travelled.index_add_(0, place, distances.square_())
+            centroids, stale[live] = self._with(live, centroids, moved), changed
             iterations[live] += 1
             if self.settings.on_iteration is not None:
                 self.settings.on_iteration(int(iterations.max()))
             live = live[travelled > self.settings.tol * self.spread[live] / dim]
         # Centroids that did not move at all already own their labels.
-        left = torch.nonzero(stale).flatten()
-        labels[left] = self.assign(left, centroids[left])
+        left = torch.nonzero(stale.any(1)).flatten()
+        labels[left] = self.assign(left, centroids[left], stale)
         own = centroids.gather(1, labels[:, :, None].expand(-1, -1, dim))
         distances = torch.linalg.vector_norm(own.sub_(self.x), dim=2).double().square_()
         inertia = (distances if self.weights is None else distances * self.weights).sum(1)
         counts = torch.bincount(self._numbered(labels), minlength=num_problems * self.num_clusters)
         return Solved(centroids, labels, inertia, iterations, counts.view(num_problems, -1), empties)
 
-    def assign(self, live: Tensor, centroids: Tensor) -> Tensor:
-        """(L, N) nearest of each problem's own centroids (L, K, D)."""
+    def assign(self, live: Tensor, centroids: Tensor, stale: Tensor) -> Tensor:
+        """(L, N) nearest of each problem's own centroids (L, K, D); scores are computed where `stale` (P, K)."""
         bias = bias_of(centroids.flatten(0, 1), self.spherical)
-        x, columns = self._of(live, self.x), centroids.transpose(1, 2)
-        scores = (
-            torch.bmm(x, columns)
-            if bias is None
-            else torch.baddbmm(bias.view(len(live), 1, self.num_clusters), x, columns)
-        )
-        if scores.device.type == "cpu":
-            return torch.from_numpy(scores.numpy().argmax(2))
-        return scores.argmax(2)
+        bias = centroids.new_zeros(centroids.shape[:2]) if bias is None else bias.view(centroids.shape[:2])
+        if self.x.device.type != "cpu":
+            return torch.baddbmm(bias[:, None], self._of(live, self.x), centroids.transpose(1, 2)).argmax(2)
+        labels = torch.empty(len(live), self.x.shape[1], dtype=torch.int64)
+        for place, problem in enumerate(live.tolist()):
+            x, scores, moved = self.x[problem], self.scores[problem], torch.nonzero(stale[problem]).flatten()
+            if 4 * len(moved) > 3 * self.num_clusters:
+                torch.addmm(bias[place], x, centroids[place].T, out=scores)
+            elif len(moved):
+                scores[:, moved] = torch.addmm(bias[place, moved], x, centroids[place, moved].T)
+            np.argmax(scores.numpy(), axis=1, out=labels[place].numpy())
+        return labels
 
     def move(
         self, live: Tensor, before: Tensor, labels: Tensor, empties: Tensor, generators: list[torch.Generator]
@@ -207,6 +217,11 @@ class Problems:
 
     def _of(self, live: Tensor, values: Tensor) -> Tensor:
         return values if len(live) == len(values) else values[live]
+
+    @staticmethod
+    def _with(live: Tensor, values: Tensor, fresh: Tensor) -> Tensor:
+        """`values` with those of the problems `live` replaced."""
+        return fresh if len(live) == len(values) else values.index_copy(0, live, fresh)
 
     def _numbered(self, labels: Tensor) -> Tensor:
         """Labels counted on from problem to problem, flat."""
