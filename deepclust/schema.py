@@ -34,6 +34,8 @@ class Range:
 
 Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NonNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
+Weight = Annotated[float, Range(gt=0)]
+Share = Annotated[float, Range(gt=0, le=1)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
 Count = Annotated[int, Range(ge=1)]
@@ -42,6 +44,8 @@ Natural = Annotated[int, Range(ge=0)]
 ALIASES = {
     "Positive": Positive,
     "NonNegative": NonNegative,
+    "Weight": Weight,
+    "Share": Share,
     "Fraction": Fraction,
     "Decay": Decay,
     "Count": Count,
