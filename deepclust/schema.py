@@ -36,6 +36,7 @@ Positive = Annotated[float, Range(gt=0, lt=float("inf"))]
 NonNegative = Annotated[float, Range(ge=0, lt=float("inf"))]
 Weight = Annotated[float, Range(gt=0)]
 Share = Annotated[float, Range(gt=0, le=1)]
+Imbalance = Annotated[float, Range(ge=1, lt=float("inf"))]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 Decay = Annotated[float, Range(ge=0, lt=1)]
 Count = Annotated[int, Range(ge=1)]
@@ -46,6 +47,7 @@ ALIASES = {
     "NonNegative": NonNegative,
     "Weight": Weight,
     "Share": Share,
+    "Imbalance": Imbalance,
     "Fraction": Fraction,
     "Decay": Decay,
     "Count": Count,

@@ -15,10 +15,14 @@ from deepclust.data.arrays import as_labels, load_array
 from deepclust.data.folders import NO_SPLIT, by_protocol
 from deepclust.data.image_set import ImageData, as_classes, set_of_arrays
 from deepclust.errors import UserError
+from deepclust.schema import Imbalance
 
 
 def features(
-    file: str, labels: str | None = None, protocol: Literal["transductive", "inductive"] = "transductive"
+    file: str,
+    labels: str | None = None,
+    protocol: Literal["transductive", "inductive", "longtail"] = "transductive",
+    imbalance: Imbalance | None = None,
 ) -> ImageData:
     """Feature vectors of a .npy, .npz or .safetensors file; goes with `backbone=identity`.
 
@@ -33,7 +37,7 @@ def features(
     if labels is not None:
         found["labels"] = load_array(labels, "data.labels", ("labels", "y"))
     name = Path(file).stem
-    return from_features(**found, name=name, protocol=protocol)
+    return from_features(**found, name=name, protocol=protocol, imbalance=imbalance)
 
 
 def from_features(
@@ -43,6 +47,7 @@ def from_features(
     paths: Sequence[str] | np.ndarray | None = None,
     name: str = "features",
     protocol: str = "transductive",
+    imbalance: float | None = None,
 ) -> ImageData:
     """The same from arrays: features (N, D), N >= 2, kept as float32."""
     rows = as_features(features)
@@ -51,7 +56,7 @@ def from_features(
     everything = set_of_arrays(name, rows, splits, classes, class_names)
     if paths is not None:
         everything.paths = _texts("paths", paths, len(rows))
-    return by_protocol(name, everything, protocol)
+    return by_protocol(name, everything, protocol, imbalance)
 
 
 def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:

@@ -26,6 +26,7 @@ from deepclust.data.image_set import (
     channel_statistics,
 )
 from deepclust.data.images import EXTENSIONS, all_grey, decode_all
+from deepclust.data.longtail import long_tail
 from deepclust.errors import UserError
 
 TRAIN_NAMES = {"train", "training"}
@@ -189,7 +190,13 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def load_files(
-    name: str, listing: Listing, size: int, channels: Literal["auto", 1, 3], memory_mb: int, protocol: str
+    name: str,
+    listing: Listing,
+    size: int,
+    channels: Literal["auto", 1, 3],
+    memory_mb: int,
+    protocol: str,
+    imbalance: float | None = None,
 ) -> ImageData:
     """Decodes every file once: into memory if all fit into `memory_mb` MiB, else only to find the unreadable ones."""
     files = [os.path.join(listing.root, path) for path in listing.paths]
@@ -227,7 +234,7 @@ def load_files(
         root=str(listing.root),
         file_bytes=np.array([os.path.getsize(files[row]) for row in rows]),
     )
-    return by_protocol(name, everything, protocol)
+    return by_protocol(name, everything, protocol, imbalance)
 
 
 def printable(path: str) -> str:
@@ -252,21 +259,29 @@ def _check_count(listing: Listing, reasons: Sequence[str | None], num_readable: 
     )
 
 
-def by_protocol(name: str, everything: ImageSet, protocol: str) -> ImageData:
-    """Transductive: all images are trained on and clustered. Inductive: split train is, the rest is held out."""
+def by_protocol(name: str, everything: ImageSet, protocol: str, imbalance: float | None = None) -> ImageData:
+    """Transductive: all images are trained on and clustered. Inductive: split train is, the rest is held out.
+
+    Longtail: as inductive, where the train split has a long tail and the held-out images need not have one. imbalance:
+    thins what is trained on (see `long_tail`), and never what is held out; inductive is then called longtail.
+    """
     if protocol == "transductive":
-        return ImageData(without_partial_labels(everything), None, "transductive", name)
+        train = without_partial_labels(everything)
+        return ImageData(train if imbalance is None else long_tail(train, imbalance), None, "transductive", name)
     in_train = np.array([split.lower() in TRAIN_NAMES for split in everything.splits])
     if in_train.sum() < 2 or in_train.all():
         found = ", ".join(sorted(set(everything.splits.tolist())))
         raise UserError(
-            f"data.protocol=inductive: needs 2 images or more in split train and some in another (splits: {found}).\n"
+            f"data.protocol={protocol}: needs 2 images or more in split train and some in another (splits: {found}).\n"
             "Use data.protocol=transductive to cluster all images."
         )
-    train, test = everything.select(in_train), everything.select(~in_train)
-    if everything.images is not None:
-        train.mean, train.std = test.mean, test.std = channel_statistics(everything.images[np.flatnonzero(in_train)])
-    return ImageData(without_partial_labels(train), without_partial_labels(test), "inductive", name)
+    train, test = (without_partial_labels(everything.select(rows)) for rows in (in_train, ~in_train))
+    if imbalance is not None:
+        train = long_tail(train, imbalance)
+    if train.images is not None:
+        train.mean, train.std = test.mean, test.std = channel_statistics(train.images)
+    tailed = imbalance is not None or protocol == "longtail"
+    return ImageData(train, test, "longtail" if tailed else "inductive", name)
 
 
 def without_partial_labels(images: ImageSet) -> ImageSet:

@@ -106,14 +106,14 @@ class ImageSet:
 
 @dataclass(eq=False)
 class ImageData:
-    """What a run is given. train: is trained on and clustered. test: held out, only with protocol `inductive`.
+    """What a run is given. train: is trained on and clustered. test: held out, with `inductive` and `longtail`.
 
     extra: images that are only trained on, by stages with `trainer.extra_images`.
     """
 
     train: ImageSet
     test: ImageSet | None = None
-    protocol: Literal["transductive", "inductive"] = "transductive"
+    protocol: Literal["transductive", "inductive", "longtail"] = "transductive"
     name: str = ""
     extra: ImageSet | None = None
 

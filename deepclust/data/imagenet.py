@@ -10,7 +10,7 @@ from typing import Literal
 from deepclust.data.folders import Listing, check_folder, list_folder, load_files
 from deepclust.data.image_set import ImageData
 from deepclust.errors import UserError
-from deepclust.schema import Count, Natural
+from deepclust.schema import Count, Imbalance, Natural
 from deepclust.signatures import near
 
 FIFTY = """
@@ -63,9 +63,10 @@ def imagenet(
     root: str = "data/imagenet",
     subset: str = "all",
     split: Literal["train", "val", "all"] = "train",
-    protocol: Literal["transductive", "inductive"] = "inductive",
+    protocol: Literal["transductive", "inductive", "longtail"] = "inductive",
     size: Count = 256,
     memory_mb: Natural = 2048,
+    imbalance: Imbalance | None = None,
 ) -> ImageData:
     """ImageNet (ILSVRC 2012) from `root`/train and `root`/val, which hold a folder per class, named by its WordNet id.
 
@@ -94,7 +95,9 @@ def imagenet(
             raise UserError(f"{home / place}: {short} have no folder there. {LAYOUT}")
         for wnid in wanted or there:
             _add(listing, list_folder(str(home / place / wnid)), f"{place}/{wnid}", wnid, name)
-    return load_files("imagenet" if subset == "all" else Path(subset).stem, listing, size, 3, memory_mb, protocol)
+    return load_files(
+        "imagenet" if subset == "all" else Path(subset).stem, listing, size, 3, memory_mb, protocol, imbalance
+    )
 
 
 LAYOUT = (
@@ -105,12 +108,12 @@ LAYOUT = (
 
 
 def _splits_for(split: str, protocol: str) -> list[str]:
-    if protocol == "inductive" and split != "train":
+    if protocol != "transductive" and split != "train":
         raise UserError(
-            f"data.split={split} with data.protocol=inductive: what is trained on must be data.split=train, "
+            f"data.split={split} with data.protocol={protocol}: what is trained on must be data.split=train, "
             "the val split is held out.\nUse data.protocol=transductive to train on this split and cluster it."
         )
-    return ["train", "val"] if protocol == "inductive" or split == "all" else [split]
+    return ["train", "val"] if protocol != "transductive" or split == "all" else [split]
 
 
 def _classes_of(subset: str) -> list[str]:
@@ -142,9 +145,10 @@ def _add(listing: Listing, more: Listing, below: str, label: str, split: str) ->
 def tiny_imagenet(
     root: str = "data",
     split: Literal["train", "val", "all"] = "train",
-    protocol: Literal["transductive", "inductive"] = "transductive",
+    protocol: Literal["transductive", "inductive", "longtail"] = "transductive",
     size: Count = 64,
     memory_mb: Natural = 2048,
+    imbalance: Imbalance | None = None,
 ) -> ImageData:
     """Tiny-ImageNet: 64 x 64 RGB, 200 classes, 100,000 train and 10,000 val images, as its archive unpacks.
 
@@ -170,7 +174,7 @@ def tiny_imagenet(
             if wnid in ("images", path):
                 raise UserError(f"{home / name / path} has no class: it is not in {sheet}. Unpack the archive again.")
             _add(listing, Listing(home, [path]), name, wnid, name)
-    return load_files("tiny_imagenet", listing, size, 3, memory_mb, protocol)
+    return load_files("tiny_imagenet", listing, size, 3, memory_mb, protocol, imbalance)
 
 
 def _val_classes(sheet: Path) -> dict[str, str]:
