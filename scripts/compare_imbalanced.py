@@ -139,7 +139,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "unbalanced": ("head=p2ot", "head.mass_start=1", *COMMON),
     "hard": ("head=p2ot", "head.kl_weight=inf", *COMMON),
     "p2ot": ("head=p2ot", *COMMON),
-    "sp2ot": ("head=sp2ot", "head.max_linearisations=10", *COMMON),
+    "sp2ot": ("head=sp2ot", "head.max_linearisations=3", *COMMON),
 }
 
 
