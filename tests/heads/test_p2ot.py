@@ -11,6 +11,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 
 from deepclust.checkpoint import digest_state
+from deepclust.config import load
 from deepclust.data.features import from_features
 from deepclust.data.views import build_views
 from deepclust.distributed import World
@@ -238,3 +239,20 @@ def test_a_stop_changes_not_a_bit(name: str) -> None:
     again.fit()
     ends = [digest_state({"network": made.network.state_dict()}) for made in (again, whole)]
     assert ends[0] == ends[1]
+
+
+# --- presets
+
+
+def test_the_papers_presets_train_the_last_block_alone() -> None:
+    from deepclust.backbones import timm_backbone
+
+    for name in ("p2ot_cifar100_lt", "p2ot_imagenet_r", "p2ot_inature100", "p2ot_inature500", "p2ot_inature1000"):
+        preset = load([f"experiment={name}"])
+        stage = preset.stages["main"]
+        assert (stage.trainer.batch_size, stage.trainer.epochs, stage.optim.lr) == (512, 50, 5e-4)
+        assert stage.head["num_heads"] == (2 if name == "p2ot_cifar100_lt" else 1)
+    freeze = load(["experiment=p2ot_cifar100_lt"]).backbone["freeze"]
+    backbone = timm_backbone(3, name="vit_tiny_patch16_224", freeze=freeze)
+    trained = {name.split(".norm")[0] for name, p in backbone.body.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("blocks.11") for name in trained)
