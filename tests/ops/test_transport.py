@@ -106,7 +106,7 @@ def test_sinkhorn_of_permuted_rows_and_columns_is_permuted() -> None:
     torch.testing.assert_close(sinkhorn(scores[p][:, q]), sinkhorn(scores)[p][:, q])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite_is_refused_with_the_rows(bad: float) -> None:
     scores = rows(6, 4, 1.0)
     scores[3, 2] = bad

@@ -13,6 +13,7 @@ from deepclust.ops.transport.shared import all_max, all_sum, exp_, refuse_not_fi
 
 CHUNK_BYTES = 8_388_608  # of rows worked on at a time on a CPU: they stay in the last-level cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
+SMALL = 40.0  # |scores| / epsilon up to here need no shift
 MAX_RANGE = 1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
 
 
@@ -97,7 +98,7 @@ def _scale(scores: Tensor, codes: Tensor, epsilon: float, num_iters: int, margin
 
 
 def _first_sums(scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int) -> tuple[Tensor, Tensor]:
-    """Writes the kernel exp(sharpness * (scores - row maximum)) into codes.
+    """Writes the kernel exp(sharpness * (scores - shift of the row)) into codes.
 
     Gives the column sums (K,) of exp(sharpness * (scores - peak)) and the peak: the first round starts from equal
     weights of the bare scores, as the paper does, not of the shifted ones.
@@ -107,13 +108,18 @@ def _first_sums(scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int
     for chunk, part in zip(codes.split(chunk_rows), scores.split(chunk_rows)):
         if not chunk.numel():
             break
-        row_max = part.amax(1)
-        torch.add((row_max * -sharpness)[:, None], part, alpha=sharpness, out=chunk)
-        exp_(chunk.clamp_min_(LOG_ZERO))
+        low, high = part.aminmax()
+        if float(torch.maximum(high, -low)) * sharpness <= SMALL:
+            row_max = torch.zeros_like(high)
+            exp_(torch.mul(part, sharpness, out=chunk))
+        else:
+            row_max = part.amax(1, keepdim=True)
+            exp_(torch.sub(part, row_max, out=chunk).mul_(sharpness).clamp_min_(LOG_ZERO))
         higher = torch.maximum(peak, row_max.amax())
         sums = sums * ((peak - higher) * sharpness).exp()
         peak = higher
-        sums.addmv_(chunk.T, ((row_max - peak) * sharpness).exp_())
+        sums.addmv_(chunk.T, ((row_max - peak) * sharpness).exp().expand(len(chunk), 1)[:, 0])
+        sums += 0.0 * low  # NaN where that is infinite
     return sums, peak
 
 
