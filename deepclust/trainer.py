@@ -240,8 +240,10 @@ class Trainer:
             rows = [rows[place] for place in mixed.tolist()]
 
         def forward(view: Tensor) -> Tensor:
+            if spec.of == "z":
+                return source.features(view, self._autocast())
             output = source.outputs({0: view}, self._autocast())[0]
-            return output.z if spec.of == "z" or output.embedding is None else output.embedding
+            return output.z if output.embedding is None else output.embedding
 
         with untouched(source, spec.mode):
             view = self.transforms[spec.view]

@@ -216,9 +216,12 @@ def view_batches(
 
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(rows), batch_size):
-            index = torch.as_tensor(list(rows[start : start + batch_size]))
+            some = rows[start : start + batch_size]
+            index = torch.as_tensor(list(some))
             if images.images is not None:
-                pixels = images.images[index].to(device)
+                # Rows side by side need no copy; views never overwrite pixels.
+                chosen = slice(some.start, some.stop) if isinstance(some, range) and some.step == 1 else index
+                pixels = images.images[chosen].to(device)
             else:
                 read_images = list(pool.map(read, index.tolist()))
                 index = index[torch.tensor([image is not None for image in read_images])]
