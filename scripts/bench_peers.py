@@ -42,7 +42,14 @@ class Lightly:
     """
 
     def __init__(
-        self, method: str, backbone: nn.Module, projector: nn.Module, images: ImageSet, batch_size: int, dtype: Any
+        self,
+        method: str,
+        backbone: nn.Module,
+        projector: nn.Module,
+        images: ImageSet,
+        batch_size: int,
+        num_prototypes: int,
+        dtype: Any,
     ) -> None:
         self.method, self.dtype = method, dtype
         self.backbone, self.projector = copy.deepcopy(backbone), copy.deepcopy(projector)
@@ -50,7 +57,7 @@ class Lightly:
             self.backbone.to(memory_format=torch.channels_last)
         modules: list[nn.Module] = [self.backbone, self.projector]
         if method == "swav":
-            self.prototypes = SwaVPrototypes(64, 100)
+            self.prototypes = SwaVPrototypes(64, num_prototypes)
             modules.append(self.prototypes)
         self.loss: Any = losses.SwaVLoss() if method == "swav" else losses.NTXentLoss(temperature=0.3)
         self.optimizer = torch.optim.AdamW(itertools.chain(*(module.parameters() for module in modules)), lr=1e-3)

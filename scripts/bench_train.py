@@ -41,6 +41,7 @@ from deepclust.errors import UserError
 from deepclust.eval import clustering_scores, knn_probe
 from deepclust.heads import BankSpec, Head
 from deepclust.heads.simclr import SimCLR
+from deepclust.heads.swav import SwAV
 from deepclust.ops import kmeans
 from deepclust.precision import autocast
 from deepclust.settings import OptimSettings, TrainerSettings
@@ -60,6 +61,8 @@ NETS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
     "ResNet-18": (lambda channels, side: cifar_resnet(channels), 64),
 }
 """Constructor by channels and side, and the batch."""
+NUM_PROTOTYPES = 64
+"""As many as the smaller batch has rows."""
 REACH = {"small ConvNet": (0.75, 3.0), "ResNet-18": (0.90, 1.0)}
 """Share of the bare network's speed, and times lightly's."""
 START = """
@@ -85,7 +88,7 @@ def show(what: str, value: float, unit: str, reach: float | None = None, least: 
     if reach is not None:
         met = value >= reach if least else value <= reach
         asked = f"{'≥' if least else '≤'} {reach:g}  {'reached' if met else 'MISSED'}"
-    print(f"{what:58.58s}{value:10.3g} {unit:8s}{asked:18s}{note}".rstrip(), flush=True)
+    print(f"{what:66.66s}{value:10.3g} {unit:8s}{asked:18s}{note}".rstrip(), flush=True)
 
 
 def pictures(count: int, side: int = 32) -> ImageSet:
@@ -102,9 +105,7 @@ def transforms_for(images: ImageSet) -> dict[str, ViewTransform]:
 def head_for(method: str, dim: int) -> Head:
     if method == "simclr":
         return SimCLR(dim, view="strong")
-    from deepclust.heads.swav import SwAV  # pyright: ignore[reportMissingImports]
-
-    return SwAV(dim, 100, global_view="strong")
+    return SwAV(dim, 10, num_prototypes=[NUM_PROTOTYPES], global_view="strong")
 
 
 def trainer_for(method: str, net: str, images: ImageSet, **settings: Any) -> Trainer:
@@ -125,9 +126,10 @@ def peers(method: str, trainer: Trainer, batch_size: int) -> dict[str, Any]:
     from bench_peers import Lightly
 
     network = trainer.network
-    dtypes = {"lightly, its documentation": None, "lightly, our autocast": trainer.stepper.dtype}
+    dtypes = {"lightly, float32": None, "lightly, autocast too": trainer.stepper.dtype}
     parts = (network.backbone, network.head.projector)
-    return {name: Lightly(method, *parts, trainer.images, batch_size, dtype) for name, dtype in dtypes.items()}
+    settings = (trainer.images, batch_size, NUM_PROTOTYPES)
+    return {name: Lightly(method, *parts, *settings, dtype) for name, dtype in dtypes.items()}
 
 
 def bare(trainer: Trainer, num_views: int) -> Callable[[], None]:
@@ -162,14 +164,10 @@ def alternate(trainer: Trainer, others: dict[str, Callable[[], None]]) -> dict[s
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def methods() -> list[str]:
-    return ["simclr", *(["swav"] if (ROOT / "conf" / "head" / "swav.yaml").exists() else [])]
-
-
 def bench_nets(asked: argparse.Namespace, found: dict[str, float]) -> None:
     """A whole step: data, augmentation, network, head, loss, update, meter."""
     for net in NETS:
-        for method in methods():
+        for method in ("simclr", "swav"):
             batch_size = NETS[net][1]
             images = pictures(8 * batch_size)
             trainer = trainer_for(method, net, images, max_steps=asked.rounds + 1, log_every_steps=1)

@@ -77,6 +77,13 @@ def test_micro_batches_give_the_gradient_of_the_macro_batch():
             torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-4)
 
 
+def test_a_bank_of_features_leaves_the_head_alone(monkeypatch):
+    trainer = make(Plain())
+    expected = trainer.network.outputs({0: TRANSFORMS["clean"].batch(IMAGES.images, torch.zeros(60).long())})[0].z
+    monkeypatch.setattr(trainer.head, "forward", lambda *_: pytest.fail("the head was asked"))
+    torch.testing.assert_close(trainer.bank(BankSpec()).features, expected.detach())
+
+
 def test_step_per_micro_takes_a_step_on_each_micro_batch():
     steps = []
     trainer = make(Plain(), micro_batches=4, optim=OptimSettings(step_per="micro"))

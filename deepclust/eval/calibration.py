@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from deepclust.eval.metrics import as_labels, clustering_scores
 
@@ -101,6 +100,8 @@ def equal_width_bins(confidence: np.ndarray, num_bins: int) -> np.ndarray:
 
 def equal_mass_bins(confidence: np.ndarray, num_bins: int) -> np.ndarray:
     """(N,) bin of each confidence among `num_bins` with as equally many samples as may be; equal ones stay together."""
+    from scipy.stats import rankdata
+
     ranks = rankdata(confidence, method="min") - 1
     return (ranks * num_bins // len(confidence)).astype(np.int64)
 
@@ -113,6 +114,8 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: np.ndar
 
 def auroc(confidence: np.ndarray, correct: np.ndarray) -> float | None:
     """Probability that a correct sample is more confident than a wrong one (Mann-Whitney); ties count half."""
+    from scipy.stats import rankdata
+
     right = int(correct.sum())
     wrong = len(correct) - right
     if not right or not wrong:

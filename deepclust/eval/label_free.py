@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from deepclust.eval.metrics import as_labels, contingency, entropy
 
@@ -95,6 +94,8 @@ def neighbor_agreement(labels: Any, graph: Any) -> float:
 
 def churn(previous: Any, labels: Any) -> float:
     """Share of samples that changed cluster, after clusters are matched one-to-one. previous, labels: (N,)."""
+    from scipy.optimize import linear_sum_assignment
+
     counts, _, _ = contingency(previous, labels)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     return 1.0 - float(counts[rows, columns].sum() / counts.sum())

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 LONG_TAILED = 2.0
 """A set whose largest class has so many times the images of its smallest is reported by class as well."""
@@ -65,6 +64,8 @@ def clustering_scores(predicted: Any, target: Any, *, class_sizes: Mapping[int, 
     `class_recall` {class: recall}.
     Raises ValueError as `contingency` does.
     """
+    from scipy.optimize import linear_sum_assignment
+
     counts, clusters, classes = contingency(predicted, target)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     hits = np.zeros(len(classes))

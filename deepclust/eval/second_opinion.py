@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from deepclust.eval.calibration import as_probabilities, calibration_error, equal_width_bins, reliability
 from deepclust.eval.label_free import as_array
@@ -62,6 +61,8 @@ def agreement(predicted: Any, others: Mapping[str, Sequence[Any]]) -> np.ndarray
 
 def _agree(predicted: Any, other: Any) -> np.ndarray:
     """(N,) bool: whether each sample's cluster is the one that its cluster in `other` is matched to."""
+    from scipy.optimize import linear_sum_assignment
+
     counts, mine, theirs = contingency(predicted, other)
     rows, columns = linear_sum_assignment(counts, maximize=True)
     partner = dict(zip(mine[rows].tolist(), theirs[columns].tolist()))
