@@ -1,6 +1,6 @@
 """Training speed and quality per second, beside what is asked of it and beside lightly, in one process on one thread.
 
-    python scripts/bench_train.py [--only nets,views,bank,between,start,quality] [--rounds 3] [--seconds 15]
+    python scripts/bench_train.py [--only nets,views,bank,between,start,quality] [--rounds 3] [--seconds 10]
 
 Contestants alternate step by step, and figures are medians of CPU time (`time.process_time`), which other jobs on the
 machine disturb least. lightly (extra `bench`) gets the same network, first weights, views, batch and optimiser, and
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(BENCHES), help="parts; `between` needs `nets` for an epoch's length")
     parser.add_argument("--rounds", type=int, default=3, help="steps or runs of each contestant that count")
-    parser.add_argument("--seconds", type=float, default=15.0, help="CPU seconds of training for `quality`")
+    parser.add_argument("--seconds", type=float, default=10.0, help="CPU seconds of training for `quality`")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     lightly = "lightly compared" if find_spec("lightly") else "lightly is not installed"
