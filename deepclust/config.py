@@ -356,13 +356,15 @@ def _check_given_is_used(composed: Composed, problems: list[str]) -> None:
         if section in ("optim", "trainer") and all(name in ((own or {}).get(section) or {}) for own in stages.values()):
             places = ", ".join(f"stages.{stage}.{key}" for stage in stages)
             problems.append(f"{key}: would do nothing, since each stage sets its own; give {places}")
-    for name in stages:
+    for name, own in stages.items():
         path, merged = f"stages.{name}.trainer", _stage_sections(composed.tree, name)["trainer"] or {}
-        budget = merged.get("num_images")
-        if f"{path}.epochs" in composed.given and budget is not None:
+        budget, theirs = merged.get("num_images"), (own or {}).get("trainer") or {}
+        given = [key for key in ("trainer.epochs", f"{path}.epochs") if key in composed.given]
+        if given and budget is not None and (given[-1] != "trainer.epochs" or "epochs" not in theirs):
+            where = path if "num_images" in theirs else "trainer"
             problems.append(
-                f"{path}.epochs={show(merged['epochs'])}: would do nothing, since num_images={show(budget)} decides; "
-                f"give {path}.num_images, or add {path}.num_images=null"
+                f"{given[-1]}={show(merged['epochs'])}: would do nothing, since num_images={show(budget)} decides; "
+                f"give {where}.num_images, or add {where}.num_images=null"
             )
 
 

@@ -303,6 +303,7 @@ def test_all_errors_come_at_once_in_one_line_each():
         (["stages.scan.head.dim=4", "eval.baselines=[kmens]"], ["filled in by the program", "kmeans"]),
         (["data=image_folder", "optim.lr=${sed}"], ["data.root has no value", "sed"]),
         (["optim.nesterov=true", "optim.momentum=0"], ["needs optim.momentum above 0"]),
+        (["head=moco", "trainer.epochs=3"], ["trainer.epochs=3: would do nothing", "add trainer.num_images=null"]),
         (["optim.milestones=[3]"], ["stages.pretext.optim.milestones=[3.0] with", "schedule=cosine"]),
         (["optim.schedule=step"], ["step needs milestones"]),
         (["trainer.batch_size=4", "trainer.micro_batches=8"], ["at most batch_size (4)"]),
