@@ -22,24 +22,50 @@ class Preprocess:
     std: tuple[float, ...]
 
 
+class Sobel(nn.Module):
+    """Mean over colours, then its two Sobel derivatives: (B, C, H, W) to (B, 2, H, W), for normalised images.
+
+    Fixed, as in DeepCluster (Caron et al. 2018, section 3.3): colour alone cannot make a cluster.
+    """
+
+    filters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+        self.register_buffer("filters", torch.stack([across, across.T])[:, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, 2, H, W); the border is padded with zeros."""
+        return nn.functional.conv2d(images.mean(1, keepdim=True), self.filters.to(images.dtype), padding=1)
+
+
 class Backbone(nn.Module):
     """A network with `num_features` outputs; `preprocess` overrides the data set's own statistics and size.
 
-    note: what is to be said about where its weights come from.
+    note: what is to be said about where its weights come from. sobel: the body is given the two Sobel derivatives in
+    place of the colours.
     """
 
     def __init__(
-        self, body: nn.Module, num_features: int, preprocess: Preprocess | None = None, note: str = ""
+        self,
+        body: nn.Module,
+        num_features: int,
+        preprocess: Preprocess | None = None,
+        note: str = "",
+        *,
+        sobel: bool = False,
     ) -> None:
         super().__init__()
         self.note = note
         self.body = body
         self.num_features = num_features
         self.preprocess = preprocess
+        self.edges = Sobel() if sobel else None
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float images to (B, D) features."""
-        return self.body(images).flatten(1)
+        return self.body(images if self.edges is None else self.edges(images)).flatten(1)
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> nn.Sequential:
@@ -107,16 +133,61 @@ def cifar_resnet(
     *,
     depth: Literal[18, 34] = 18,
     stem: Literal["cifar", "stl"] = "cifar",
+    sobel: bool = False,
     freeze: list[str] | None = None,
 ) -> Backbone:
     """ResNet-18 or -34 with the stem for small images: 3x3 stride 1, no max-pool (`stl`: 2x2 max-pool, padding 1)."""
     import torchvision
 
     net = torchvision.models.get_model(f"resnet{depth}", weights=None)
-    net.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+    net.conv1 = nn.Conv2d(2 if sobel else in_channels, 64, 3, 1, 1, bias=False)
     net.maxpool = nn.MaxPool2d(2, 2, 1) if stem == "stl" else nn.Identity()
     net.fc = nn.Identity()
-    return _frozen(Backbone(net, 512), freeze)
+    return _frozen(Backbone(net, 512, sobel=sobel), freeze)
+
+
+CLASSIC: dict[str, list[tuple[int, int, int, int] | int]] = {
+    "alexnet": [(96, 11, 4, 2), 3, (256, 5, 1, 2), 3, (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), 3],
+    "vgg16": [
+        size if size == 2 else (size, 3, 1, 1)
+        for size in (64, 64, 2, 128, 128, 2, 256, 256, 256, 2, 512, 512, 512, 2, 512, 512, 512, 2)
+    ],
+}
+"""Convolutions (channels, kernel, stride, padding), each with batch norm and ReLU; a number: max-pool of that size."""
+
+
+def classic_net(
+    in_channels: Count,
+    *,
+    name: Literal["alexnet", "vgg16"] = "vgg16",
+    sobel: bool = True,
+    width: Count = 4096,
+    freeze: list[str] | None = None,
+) -> Backbone:
+    """AlexNet or VGG-16 with batch norm, as in DeepCluster: features end in the second linear layer, before its ReLU.
+
+    width: outputs of both linear layers, D. Convolutions begin as N(0, 2 / (kernel area * outputs)), linear layers as
+    N(0, 0.01^2). Made for 224 pixels; maps of other sizes are pooled to as many positions.
+    """
+    layers: list[nn.Module] = []
+    channels = 2 if sobel else in_channels
+    for part in CLASSIC[name]:
+        if isinstance(part, int):
+            layers.append(nn.MaxPool2d(part, 2))
+            continue
+        layers += [nn.Conv2d(channels, *part), nn.BatchNorm2d(part[0]), nn.ReLU(inplace=True)]
+        channels = part[0]
+    side = 6 if name == "alexnet" else 7
+    dropout = [nn.Dropout(0.5)] if name == "alexnet" else []
+    hidden = [nn.Linear(channels * side**2, width), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(width, width)]
+    top = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), *dropout, *hidden)
+    for layer in (*layers, *top):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            area = layer.weight[0, 0].numel() * layer.out_channels if isinstance(layer, nn.Conv2d) else 0
+            nn.init.normal_(layer.weight, 0, (2 / area) ** 0.5 if area else 0.01)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    return _frozen(Backbone(nn.Sequential(*layers, top), width, sobel=sobel), freeze)
 
 
 def timm_backbone(
@@ -126,6 +197,7 @@ def timm_backbone(
     pretrained: bool = False,
     weights: str | None = None,
     image_size: Count | None = None,
+    sobel: bool = False,
     freeze: list[str] | None = None,
 ) -> Backbone:
     """Any timm model by name, its pooled features; with its own normalisation and input size where it is pretrained.
@@ -151,7 +223,7 @@ def timm_backbone(
         net = timm.create_model(
             name,
             pretrained=pretrained or weights is not None,
-            in_chans=in_channels,
+            in_chans=2 if sobel else in_channels,
             num_classes=0,
             pretrained_cfg_overlay=overlay,
         )
@@ -169,7 +241,7 @@ def timm_backbone(
     size = image_size or (config["input_size"][-1] if own else None)
     preprocess = Preprocess(size, mean, std) if own or size else None
     num_features: Any = net.num_features
-    return _frozen(Backbone(net, num_features, preprocess, note), freeze)
+    return _frozen(Backbone(net, num_features, preprocess, note, sobel=sobel), freeze)
 
 
 PROJECTION = (

@@ -96,6 +96,7 @@ class Trainer:
         budget = self.settings.num_images
         self.num_epochs = self.settings.epochs if budget is None else max(1, round(budget / len(images)))
         self.num_steps = self.num_epochs * self.steps_per_epoch
+        self.last_step = min(self.num_steps, self.settings.max_steps or self.num_steps)
         self.step = 0
         self.order: Tensor | None = None
         self.next_order: Tensor | None = None
@@ -107,7 +108,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the end, or to `max_steps`. Raises Stopped if asked to, UserError if the loss is not finite."""
-        last = min(self.num_steps, self.settings.max_steps or self.num_steps)
+        last = self.last_step
         if self.step == 0:
             self._prepare()
         batches: Iterator[ViewBatch] | None = None
@@ -121,7 +122,7 @@ class Trainer:
             if self.step % self.settings.log_every_steps == 0 or self.step == last:
                 self.hooks.log(self._checked(self.meter.flush()), self.progress())
             self._save_or_stop(last)
-        if self.step == self.num_steps:
+        if self.step == last:
             self._refresh(self.progress())
         self._choose_sub_head()
 
@@ -193,7 +194,7 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         total = self.num_epochs * len(self.images)
         seen = epoch * len(self.images) + (self.step % self.steps_per_epoch) * len(self.images) // self.steps_per_epoch
-        return Progress(self.step, self.num_steps, epoch, self.num_epochs, seen, total, self.step >= self.num_steps)
+        return Progress(self.step, self.num_steps, epoch, self.num_epochs, seen, total, self.step >= self.last_step)
 
     def _prepare(self) -> None:
         """What happens once, before the first step: prototypes from k-means, then the teacher begins as the student."""
@@ -226,10 +227,10 @@ class Trainer:
     @torch.no_grad()
     def bank(self, spec: BankSpec) -> Bank:
         """Features of this rank's block of samples as `spec` asks, by the teacher where there is one."""
-        source, group = self.evaluated, self.world.group
+        source, group, final = self.evaluated, self.world.group, self.step >= self.last_step
         if not spec.needs_pass:
             empty = torch.empty(0, device=self.device)
-            return Bank(empty, torch.empty(0, dtype=torch.int64, device=self.device), len(self.images), group)
+            return Bank(empty, torch.empty(0, dtype=torch.int64, device=self.device), len(self.images), group, final)
         rows: Any = self.world.block(len(self.images))
         if spec.num_samples is not None and spec.num_samples < len(self.images):
             block = self.world.block(spec.num_samples)
@@ -251,7 +252,7 @@ class Trainer:
             features, index = collect(forward, self.images, view, rows, device=self.device, seed=seed)
         if spec.mode == "train":
             features, index = features[index.argsort()], index.sort().values
-        return Bank(features, index.to(self.device), len(self.images), group)
+        return Bank(features, index.to(self.device), len(self.images), group, final)
 
     def _choose_sub_head(self) -> None:
         """The sub-head with the lowest label-free score becomes `best`; ranks agree on rank 0's."""

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from deepclust.backbones import cifar_resnet, small_convnet, timm_backbone
+from deepclust.backbones import Sobel, cifar_resnet, classic_net, small_convnet, timm_backbone
 from deepclust.errors import UserError
 
 
@@ -130,3 +130,41 @@ def test_a_moco_checkpoint_loads_whole_and_says_so(tmp_path):
         timm_backbone(3, name="resnet18", weights=str(path))
     with pytest.raises(UserError, match=r"100 of 180 tensors .*missing: layer1\.2\.conv1\.weight"):
         timm_backbone(3, name="resnet34", weights=str(path))
+
+
+def test_sobel_filters_are_those_of_scipy():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 9, 11)
+    edges = Sobel()(images)
+    assert edges.shape == (2, 2, 9, 11) and not list(Sobel().parameters())
+    for image, (across, down) in zip(images.double().mean(1), edges):
+        for axis, ours in ((1, across), (0, down)):
+            theirs = ndimage.sobel(image.numpy(), axis=axis, mode="constant")
+            torch.testing.assert_close(ours.double(), -torch.from_numpy(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nets_on_edges_see_no_colour(channels):
+    """The filter is in the model and has no weights of its own; which colour is which does not matter."""
+    for net in (cifar_resnet(channels, sobel=True), timm_backbone(channels, name="resnet10t", sobel=True)):
+        assert net.eval()(torch.randn(2, channels, 32, 32)).shape == (2, net.num_features)
+        assert not any(name.startswith("edges") for name in net.state_dict())
+    images = torch.randn(2, 3, 8, 8)
+    swapped = images[:, [2, 0, 1]]
+    torch.testing.assert_close(Sobel()(images), Sobel()(swapped))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_classic_nets_are_torchvisions_up_to_their_top(name):
+    import torchvision
+
+    with torch.device("meta"):
+        net = classic_net(3, name=name, sobel=False)
+        theirs = torchvision.models.get_model("vgg16_bn" if name == "vgg16" else "alexnet")
+    own = [tuple(p.shape) for p in net.parameters() if p.ndim > 1]
+    assert own[-2:] == [(4096, 256 * 36 if name == "alexnet" else 512 * 49), (4096, 4096)]
+    if name == "vgg16":
+        assert own == [tuple(p.shape) for p in theirs.parameters() if p.ndim > 1][:-1]
+    small = classic_net(3, name=name, width=16)
+    assert small.eval()(torch.randn(2, 3, 96, 96)).shape == (2, 16)

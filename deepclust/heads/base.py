@@ -128,12 +128,14 @@ class Bank:
     """Detached features of the samples; each rank holds a contiguous block.
 
     features: (n, D) float32, this rank's rows. index: (n,) int64, their sample indices. num_samples: N over all ranks.
+    final: whether the stage's last step is done, so that what only predictions need can be made.
     """
 
     features: Tensor
     index: Tensor
     num_samples: int
     group: Any = None
+    final: bool = False
 
 
 @dataclass

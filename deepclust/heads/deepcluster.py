@@ -47,8 +47,8 @@ class DeepCluster(Head):
     relu: the classifier sees relu(z), as the paper's networks, whose clustered features end before their last ReLU.
     momentum: of the classifier's SGD.
 
-    Predictions are over num_clusters, of a second k-means with each clustering (`Reading`), on the features as they
-    are: whitening makes noise as loud as signal, which spreads many clusters well and divides few badly.
+    Predictions are over num_clusters, of a k-means of the features at the end (`Reading`), as they are: whitening makes
+    noise as loud as signal, which spreads many clusters well and divides few badly.
     """
 
     training_buffers = ("labels", "draws", "stream", "agreement")
@@ -98,12 +98,17 @@ class DeepCluster(Head):
 
     @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
-        """New clusters, a new classifier, and an order in which every non-empty cluster comes equally often."""
+        """New clusters, a new classifier, and an order in which every non-empty cluster comes equally often.
+
+        At the end only the k-means that predictions are of.
+        """
         group, seed = bank.group, int(self.stream + self.draws)
+        if bank.final:
+            self.reading.fit(bank.features, seed=seed, group=group)
+            return Refresh(reset=("reading.centroids",))
         rows = F.normalize(pca_whiten(bank.features, self.pca_dim, group=group), dim=1)
         options: dict[str, Any] = {"num_iters": self.num_iters, "num_restarts": self.num_restarts}
         found = kmeans(rows, self.num_prototypes, seed=seed, group=group, **options)
-        self.reading.fit(bank.features, seed=seed, group=group)
         index, labels = (gather_rows(part, group)[0] for part in (bank.index, found.labels))
         if int(self.draws):
             self.agreement.copy_(normalized_mutual_information(self.labels[index], labels))
@@ -113,7 +118,7 @@ class DeepCluster(Head):
         self.layer.weight.copy_(self.init_std * torch.randn(self.layer.weight.shape, generator=generator))
         self.layer.bias.zero_()
         order = index.cpu()[uniform_order(labels.cpu(), bank.num_samples, generator)]
-        return Refresh(order=order, reset=("layer.weight", "layer.bias", "reading.centroids"))
+        return Refresh(order=order, reset=("layer.weight", "layer.bias"))
 
     def targets(self, outputs: Mapping[int, Output], batch: Batch) -> Targets:
         """Labels of the last clustering."""

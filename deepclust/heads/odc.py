@@ -151,7 +151,7 @@ class ODC(Head):
     @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
         """Begins memory and labels by k-means; at the end the k-means that predictions are of."""
-        if bool(self.begun):
+        if bank.final:
             self.reading.fit(bank.features, group=bank.group)
             return Refresh(reset=("reading.centroids",))
         found = kmeans(bank.features, self.num_prototypes, num_iters=20, group=bank.group)

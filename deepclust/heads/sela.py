@@ -101,16 +101,16 @@ class SeLa(Head):
 
     @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
-        """New labels, and the k-means that predictions are of."""
+        """New labels; at the end the k-means that predictions are of."""
+        if bank.final and self.reading is not None:
+            self.reading.fit(bank.features, group=bank.group)
+            return Refresh(reset=("reading.centroids",))
         index, _ = gather_rows(bank.index, bank.group)
         turn = int(self.solved) % self.num_heads
         for head in range(self.num_heads) if self.solve == "all" else [turn]:
             self.labels[head, index] = gather_rows(self._solve(bank, head).labels, bank.group)[0]
         self.solved += 1
-        if self.reading is None:
-            return Refresh()
-        self.reading.fit(bank.features, seed=int(self.solved), group=bank.group)
-        return Refresh(reset=("reading.centroids",))
+        return Refresh()
 
     def log_probs(self, z: Tensor, head: int) -> Iterator[Tensor]:
         """(rows, K) float64 log-probabilities of features (n, D), chunk by chunk, made when they are asked for."""
