@@ -17,6 +17,7 @@ from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, 
 from deepclust.heads.layers import Reading, enough_images, watched
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows, mean_rows
+from deepclust.ops.kmeans.step import segment_sums
 from deepclust.schema import Count, Decay, Natural
 
 
@@ -27,7 +28,7 @@ def cluster_weights(counts: Tensor) -> Tensor:
 
 
 class Memory(nn.Module):
-    """Unit features of N samples, their labels, and K centroids, the same on every rank.
+    """Unit features of N samples, their labels, and K centroids: the same on every rank, sums having a fixed order.
 
     A centroid is the plain mean of its members' features, not of unit length: the nearest one is that of the largest
     dot product, which favours compact clusters, as in the reference.
@@ -59,9 +60,8 @@ class Memory(nn.Module):
 
     def recenter(self) -> None:
         """Every centroid becomes the mean of its members; those of empty clusters stay."""
-        sums = torch.zeros_like(self.centroids).index_add_(0, self.labels, self.features)
-        counts = self.counts[:, None]
-        self.centroids.copy_(torch.where(counts > 0, sums / counts.clamp_min(1), self.centroids))
+        sums, counts = segment_sums(self.features, self.labels, len(self.centroids), None)
+        self.centroids[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
 
     def mend(self, smallest: int) -> None:
         """Dissolves clusters of fewer than `smallest` members and refills each with half of the largest at the time.
