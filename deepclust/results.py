@@ -268,20 +268,24 @@ BASELINE_WORDS = {
 
 COLUMN_WORDS = {
     **{key: key.upper() for key in SCORES},
-    "macro_acc": "macro ACC",
-    "macro_f1": "macro F1",
-    "head_acc": "head",
-    "medium_acc": "medium",
-    "tail_acc": "tail",
+    "macro_acc": "macro",
+    "macro_f1": "F1",
+    "head_acc": "head/med/tail",
 }
+"""Column words by score; the accuracies of head, medium and tail classes share a column, so that 80 characters do."""
 
 
-def _shown_scores(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*SCORES, *BY_CLASS) if (summary.get("imbalance") or 0) >= LONG_TAILED else SCORES
+def _shown_scores(summary: Mapping[str, Any]) -> list[str]:
+    long_tailed = (summary.get("imbalance") or 0) >= LONG_TAILED
+    return [key for key in (*SCORES, *BY_CLASS) if key in COLUMN_WORDS and (long_tailed or key in SCORES)]
 
 
 def _percent(scores: Mapping[str, Any], shown: Sequence[str]) -> list[str | None]:
-    return [f"{100 * scores[name]:.1f}" if name in scores else None for name in shown]
+    cells = [f"{100 * scores[name]:.1f}" if name in scores else None for name in shown]
+    if "head_acc" in shown and "tail_acc" in scores:
+        groups = (scores[name] for name in ("head_acc", "medium_acc", "tail_acc"))
+        cells[shown.index("head_acc")] = "/".join(f"{100 * value:.0f}" for value in groups)
+    return cells
 
 
 def _round(seconds: float | None) -> str | None:

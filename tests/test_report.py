@@ -224,10 +224,11 @@ def test_a_long_tail_is_told_class_by_class(tmp_path: Path) -> None:
     summary = {"stages": {"main": {**figures, "test": figures}}, "baselines": entries, "num_images": 9}
     for imbalance, shown in ((50.0, True), (1.2, False), (None, False)):
         columns, rows = table_rows({**summary, "imbalance": imbalance, "kept_stage": "main"})
-        assert ("tail" in columns) == shown and all(len(row) == len(columns) for row in rows)
+        assert ("head/med/tail" in columns) == shown and all(len(row) == len(columns) for row in rows)
         page, _ = written(tmp_path, summary={**summary, "imbalance": imbalance, "kept_stage": "main"})
         assert ("30 % rarest" in page) == shown
         head = page[page.index("<thead") : page.index("</thead>")]
         assert ("Macro ACC" in head and "Tail" in head) == shown
         if shown:
-            assert [row[columns.index("tail")] for row in rows] == ["15.5"] * 3
+            assert [row[columns.index("head/med/tail")] for row in rows] == ["90/45/16"] * 3
+            assert [row[columns.index("macro")] for row in rows] == ["50.0"] * 3
