@@ -243,3 +243,25 @@ def test_the_inner_head_is_a_choice_on_the_command_line(inner):
 def test_both_nets_must_be_of_one_shape():
     with pytest.raises(UserError, match="must be equal"):
         make(hidden_dim=12)
+
+
+PAPER = {  # batch, sub-batch, images a cluster, mini-clusters, learning rate of the backbone
+    "cifar10": (1000, 500, 100, 500, 5e-5),
+    "cifar20": (1000, 500, 50, 40, 1e-5),
+    "stl10": (1000, 500, 100, 150, 5e-5),
+    "imagenet10": (500, 125, 50, 150, 5e-5),
+    "imagenet_dogs": (500, 125, 33, 40, 5e-5),
+    "tiny_imagenet": (5000, 1000, 25, 1000, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_hold_the_papers_settings(name):
+    stage = load([f"experiment=cdc_{name}"]).stages["calibration"]
+    trainer, optim, head = stage.trainer, stage.optim, stage.head
+    batch, part, per_cluster, mini_clusters, backbone_lr = PAPER[name]
+    assert (trainer.batch_size, trainer.batch_size // trainer.micro_batches, trainer.epochs) == (batch, part, 100)
+    assert (head["per_cluster"], head["mini_clusters"], head["entropy_weight"]) == (per_cluster, mini_clusters, 1)
+    assert (optim.name, optim.lr, optim.backbone_lr, optim.weight_decay) == ("adam", 1e-4, backbone_lr, 0)
+    assert (optim.step_per, optim.schedule, head["inner"]["kind"]) == ("micro", "constant", "mlp")
+    assert (head["restarts"], head["iterations"], head["warm_start"], head["hidden_dim"]) == (10, 300, False, 512)
