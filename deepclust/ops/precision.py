@@ -35,6 +35,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
+def has_onednn() -> bool:
+    """Whether torch offers oneDNN's product with a bias: a private operator, which any torch may lack."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @lru_cache
 def cpu_has_fast_bfloat16() -> bool:
     """Whether bfloat16 is faster than float32 on this processor: Intel's AMX, AMD's AVX512-BF16, Arm's bf16.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.ops.precision import cpu_has_fast_bfloat16
+from deepclust.ops.precision import cpu_has_fast_bfloat16, has_onednn
 
 Metric = Literal["cosine", "dot", "euclidean"]
 Found = Iterator[tuple[Tensor, Tensor, Tensor]]
@@ -56,13 +56,9 @@ def _rows_at_a_time(piece: Tensor) -> int:
 
 def _product(chunk: Tensor, piece: Tensor, bias: Tensor | None = None) -> Tensor:
     """chunk @ piece.T + bias. oneDNN's product is fast on CPUs of every make, MKL's is not; its operator is private."""
-    if chunk.device.type == "cpu" and chunk.dtype != torch.float64 and _has_onednn():
+    if chunk.device.type == "cpu" and chunk.dtype != torch.float64 and has_onednn():
         return torch.ops.mkldnn._linear_pointwise(chunk, piece, bias, "none", [], "")
     return F.linear(chunk, piece, bias)
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _mask(scores: Tensor, own: Tensor) -> None:
@@ -96,7 +92,7 @@ def search_fast(queries: Tensor, piece: Tensor, metric: Metric, k: int, self_col
     proposals = k + max(12, k // 2)
     fits = metric != "euclidean" and queries.dtype == torch.float32 and queries.shape[1] >= FILTER_DIM
     fits = fits and queries.device.type == "cpu" and len(piece) >= 8 * BLOCK * proposals
-    if not (fits and _has_onednn() and cpu_has_fast_bfloat16()):
+    if not (fits and has_onednn() and cpu_has_fast_bfloat16()):
         yield from search_exact(queries, piece, metric, k, self_column)
         return
     half = piece.bfloat16()

@@ -291,7 +291,10 @@ def test_any_small_problem(data: st.DataObject) -> None:
         distances.gather(1, found.labels[:, None])[:, 0], distances.amin(1), rtol=1e-4, atol=1e-4
     )
     assert int(found.counts.sum()) == num
-    shuffled = torch.randperm(num, generator=torch.Generator().manual_seed(0))
     start = x[:num_clusters]
+    values = [kmeans(x, num_clusters, init=start, num_iters=t, empty=empty).inertia for t in range(5)]
+    if empty != "random":
+        assert all(after <= before + 1e-4 * (1 + before) for before, after in pairwise(values))
+    shuffled = torch.randperm(num, generator=torch.Generator().manual_seed(0))
     one, other = (kmeans(rows, num_clusters, init=start, num_iters=1, empty="keep") for rows in (x, x[shuffled]))
     torch.testing.assert_close(one.centroids, other.centroids, rtol=1e-4, atol=1e-4)

@@ -137,7 +137,7 @@ def test_too_much_doubt_ends_it() -> None:
 @bfloat16
 @pytest.mark.parametrize("spherical", [False, True])
 def test_the_loop_with_and_without_the_filter(spherical: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filtering, "native", lambda: True)
+    monkeypatch.setattr(filtering, "cpu_has_fast_bfloat16", lambda: True)
     x = mixture(4000, 64, 300)
     plain = kmeans(x, 300, init=x[:300], num_iters=6, backend="numpy", spherical=spherical)
     asked = []
@@ -148,7 +148,7 @@ def test_the_loop_with_and_without_the_filter(spherical: bool, monkeypatch: pyte
     assert quick.inertia == pytest.approx(plain.inertia, rel=1e-6)
     assert float((quick.labels != plain.labels).double().mean()) < 1e-3
     assert torch.equal(quick.centroids, again.centroids)
-    monkeypatch.setattr(filtering, "native", lambda: False)
+    monkeypatch.setattr(filtering, "cpu_has_fast_bfloat16", lambda: False)
     asked.clear()
     assert torch.equal(kmeans(x, 300, init=x[:300], num_iters=6, spherical=spherical).labels, plain.labels)
     assert not asked

@@ -69,6 +69,18 @@ def test_duplicates_and_ties(num: int, dim: int, values: int, metric: str) -> No
     check(x, x, min(4, num - 1), metric, True, 1e-5)
 
 
+@settings(deadline=None)
+@given(st.integers(2, 40), st.integers(1, 6), st.sampled_from(["cosine", "dot", "euclidean"]), st.integers(0, 999))
+def test_order_of_the_bank_and_of_the_queries_changes_nothing(num: int, dim: int, metric: Any, seed: int) -> None:
+    queries, bank = points(9, dim, seed), points(num, dim, seed + 1)
+    k, order = min(num, 4), torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+    values, indices = knn(queries, bank, k=k, metric=metric)
+    others, places = knn(queries.flip(0), bank[order], k=k, metric=metric)
+    torch.testing.assert_close(others.flip(0), values, rtol=1e-5, atol=2e-6 if metric != "euclidean" else 1e-3)
+    truth = torch.from_numpy(scores(queries, bank, metric))
+    np.testing.assert_allclose(truth.gather(1, order[places].flip(0)), truth.gather(1, indices), atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     x = points(80, 9).to(dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.kmeans.gpu import GPU_BACKENDS, chunk_for, gpu_backend, has_triton
+from deepclust.ops.precision import has_onednn
 
 Assign = Callable[[Tensor, Tensor], None]
 """(block (B, D), labels (B,) int64, written)."""
@@ -117,12 +118,7 @@ def _steady(dtype: torch.dtype) -> str:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         amd = False
-    return "onednn" if amd and dtype == torch.float32 and _has_onednn() else "torch"
-
-
-def _has_onednn() -> bool:
-    """A private operator: any torch may lack it."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return "onednn" if amd and dtype == torch.float32 and has_onednn() else "torch"
 
 
 def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
@@ -142,7 +138,7 @@ def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
         return torch.ops.mkldnn._linear_pointwise(rows, centroids, bias, "none", [], "")
 
     gemms = {"torch": with_torch, "numpy": with_numpy}
-    if _has_onednn():
+    if has_onednn():
         gemms["onednn"] = with_onednn
     return gemms
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepclust.ops.kmeans.rows import SLICE, Rows
+from deepclust.ops.kmeans.rows import BLOCK_BYTES, SLICE, Rows
 from deepclust.ops.kmeans.step import AssignAt
 
 MIN_CLUSTERS = 500
 """Below this a full product is faster than any bookkeeping."""
 GROUP_SIZE = 40
-MAX_BYTES = 48 << 20
+MAX_BYTES = 32 << 20
+"""Of the bounds; with a copied block, the filter and scratch they stay within 64 MB."""
 START_BELOW = 0.01
 """Bounds are built when at most this part of the rows changed cluster in the last pass."""
 STOP_ABOVE = 0.10
@@ -40,7 +41,8 @@ class GroupBounds:
     @staticmethod
     def worth_trying(rows: Rows, num_clusters: int) -> bool:
         """Whether bounds can win here: many clusters on a processor, true distances, and room for the bounds."""
-        fits = rows.num * (num_clusters // GROUP_SIZE) * rows.dtype.itemsize <= MAX_BYTES
+        room = MAX_BYTES - (BLOCK_BYTES if rows.copied else 0)
+        fits = rows.num * -(-num_clusters // GROUP_SIZE) * rows.dtype.itemsize <= room
         metric = not rows.spherical or rows.unit
         return rows.device.type == "cpu" and num_clusters >= MIN_CLUSTERS and fits and metric
 
@@ -112,8 +114,8 @@ class GroupBounds:
         own = self.place[part]
         for group in range(self.num_groups):
             index = torch.nonzero(due[group]).flatten()
-            if len(index):
-                self._search_group(group, index, block, squares, slack, best, own, lower)
+            for low in range(0, len(index), SLICE):
+                self._search_group(group, index[low : low + SLICE], block, squares, slack, best, own, lower)
         part.copy_(self.order[own])
 
     def _lengths(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:

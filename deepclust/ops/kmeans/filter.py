@@ -24,14 +24,13 @@ float32, so all is taken 1 % larger.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepclust.ops.kmeans.assign import Assign
 from deepclust.ops.kmeans.rows import Rows
+from deepclust.ops.precision import cpu_has_fast_bfloat16, has_onednn
 
 MIN_CLUSTERS = 256
 """Below this the search for doubt costs what the product saves."""
@@ -39,14 +38,6 @@ PAIRS = 2048
 """Rows and candidates compared in float32 at one time."""
 TAKEN = np.int16(-(1 << 15))
 """Minus zero: as an integer the smallest bfloat16."""
-
-
-@functools.lru_cache
-def native() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware and torch offers a product that rounds only at its end."""
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    linear = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return bool(linear and has is not None and has())
 
 
 class Filter:
@@ -68,7 +59,7 @@ class Filter:
     def worth_trying(rows: Rows, num_clusters: int) -> bool:
         """Whether bfloat16 can win here."""
         fits = rows.device.type == "cpu" and rows.dtype == torch.float32
-        return fits and num_clusters >= MIN_CLUSTERS and native()
+        return fits and num_clusters >= MIN_CLUSTERS and has_onednn() and cpu_has_fast_bfloat16()
 
     def begin(self, centroids: Tensor, find: Assign) -> None:
         """Takes the centroids (K, D) of the next pass and the exact search over them."""

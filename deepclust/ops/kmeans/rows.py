@@ -78,6 +78,15 @@ class Rows:
         # torch refuses to share memory that must not be written, such as a read-only memory map.
         return torch.from_numpy(block if block.flags.writeable else block.copy())
 
+    @property
+    def copied(self) -> bool:
+        """Whether blocks take memory of their own; taken for granted of an iterable's chunks."""
+        if self.shift is not None or not isinstance(self.source, (Tensor, np.ndarray)):
+            return True
+        given = self.source[:2]
+        place = given.data_ptr() if isinstance(given, Tensor) else given.ctypes.data
+        return self._as_tensor(given).data_ptr() != place
+
     def block_weights(self, start: int, block: Tensor) -> Tensor | None:
         """(B,) factors with which the rows of a block enter the sums, or None where all are one."""
         weights = None if self.weights is None else self.weights[start : start + len(block)]

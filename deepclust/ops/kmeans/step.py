@@ -46,7 +46,7 @@ def segment_sums(block: Tensor, labels: Tensor, num_clusters: int, weights: Tens
 
     A stable sort puts the rows of a cluster side by side, so that each sum is written once and without contention.
     """
-    order, starts = _by_cluster(labels, num_clusters)
+    order, starts = by_cluster(labels, num_clusters)
     if weights is None:
         counts = torch.diff(starts, append=starts.new_full((1,), len(labels)))
         return F.embedding_bag(order, block, starts, mode="sum"), counts
@@ -56,7 +56,7 @@ def segment_sums(block: Tensor, labels: Tensor, num_clusters: int, weights: Tens
     return F.embedding_bag(order, block, starts, mode="sum", per_sample_weights=weights), counts[:, 0]
 
 
-def _by_cluster(labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+def by_cluster(labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """(row indices ordered by cluster and within it by index (B,), each cluster's first place in that order (K,))."""
     if labels.device.type == "cpu" and num_clusters <= 1 << 16:
         # NumPy sorts 16-bit integers by radix, several times faster than any other sort at hand.

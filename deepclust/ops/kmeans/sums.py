@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from deepclust.ops.kmeans.rows import Rows
-from deepclust.ops.kmeans.step import AssignAt, final_step, segment_sums
+from deepclust.ops.kmeans.step import AssignAt, by_cluster, final_step, segment_sums
 
-MOVE_BELOW = 0.15
+MOVE_BELOW = 0.3
 """A pass moves rows instead of adding up all of them when at most this part changed cluster in the pass before."""
 SHRINK = 8
 """A cluster shrunk by more than this factor is added up anew: its sum carries the rounding of its old size."""
 COARSE = 0.05
-SLICE = 2048
+"""Part of Σ|x|² below which the inertia is measured."""
 
 
 class RunningSums:
     """`lloyd_step` for processors, with a memory.
 
-    Rows are taken from one sum and given to another in float64, so a pass in which nothing changes gives the very same
-    sums, and errors do not grow.
+    Rows are taken from one sum and given to another, so a pass in which nothing changes gives the very same sums. As
+    soon as as many rows have moved as there are, all are added up anew: the rounding is that of two additions at most.
     """
 
     def __init__(self, rows: Rows, num_clusters: int) -> None:
         self.rows, self.num_clusters = rows, num_clusters
-        self.changed = rows.num
+        self.changed = self.travelled = rows.num
         self.packed: Tensor | None = None
         # Weights that cancel would leave a remainder in a cluster that has become empty.
         self.exact = rows.weights is None and (not rows.spherical or rows.unit)
@@ -45,13 +46,14 @@ class RunningSums:
                 self._move(packed, block, moved, before, part)
             else:
                 self._add(packed, start, block, part)
+        self.travelled += self.changed
         if not keep:
-            self.largest = packed[:, -1].clone()
-        elif bool((packed[:, -1] * SHRINK < self.largest).any()):
+            self.largest, self.travelled = packed[:, -1].clone(), 0
+        elif self.travelled > self.rows.num or bool((packed[:, -1] * SHRINK < self.largest).any()):
             packed = self._zeros()
             for start, block in self.rows.blocks():
                 self._add(packed, start, block, labels[start : start + len(block)])
-            self.largest = packed[:, -1].clone()
+            self.largest, self.travelled = packed[:, -1].clone(), 0
         else:
             torch.maximum(self.largest, packed[:, -1], out=self.largest)
         self.packed = packed
@@ -83,10 +85,13 @@ class RunningSums:
         packed[:, :-1] += sums
         packed[:, -1] += counts
 
-    @staticmethod
-    def _move(packed: Tensor, block: Tensor, moved: Tensor, before: Tensor, part: Tensor) -> None:
-        for index in moved.split(SLICE):
-            rows = torch.ones(len(index), packed.shape[1], dtype=torch.float64)
-            rows[:, :-1] = block[index]
-            packed.index_add_(0, part[index], rows)
-            packed.index_add_(0, before[index], rows, alpha=-1)
+    def _move(self, packed: Tensor, block: Tensor, moved: Tensor, before: Tensor, part: Tensor) -> None:
+        """Gives the rows `moved` (M,) of a block to the sums of `part` and takes them from those of `before`."""
+        for labels, sign in ((part[moved], 1), (before[moved], -1)):
+            if len(moved) < self.num_clusters:
+                packed[:, :-1].index_add_(0, labels, block[moved].double(), alpha=sign)
+            else:
+                order, starts = by_cluster(labels, self.num_clusters)
+                sums = F.embedding_bag(moved.int()[order], block, starts, mode="sum")
+                packed[:, :-1].add_(sums, alpha=sign)
+            packed[:, -1].add_(torch.bincount(labels, minlength=self.num_clusters), alpha=sign)
