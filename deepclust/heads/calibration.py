@@ -104,7 +104,7 @@ class Calibration(Wrapper):
         extra = (View(weak_view, used_for="targets"), View(clean_view, used_for="targets"))
         super().__init__(inner, extra[:1] if shared else extra)
         self.gives_labels = gives_labels
-        self.calibrator = ClusterMLP(dim, hidden_dim, num_clusters)
+        self.calibrator, self.start = ClusterMLP(dim, hidden_dim, num_clusters), int(torch.randint(2**31, ()))
         self.weak, self.clean = len(inner.views), shared[0] if shared else len(inner.views) + 1
         self.per_cluster, self.entropy_weight, self.lr_scale = per_cluster, entropy_weight, lr_scale
         self.restarts, self.iterations, self.warm_start = restarts, iterations, warm_start
@@ -135,7 +135,7 @@ class Calibration(Wrapper):
         training = self.inner.training
         labels = None if anew else self.inner.eval().predict(bank.features).argmax(1)
         self.inner.train(training)
-        self.calibrator.init_clusters(bank.features, labels, steps=self.orthogonal_steps, group=bank.group)
+        self.calibrator.init_clusters(bank.features, labels, self.orthogonal_steps, seed=self.start, group=bank.group)
         if anew and isinstance(layer, ClusterMLP):
             layer.load_state_dict(self.calibrator.state_dict())
 

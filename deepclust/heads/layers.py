@@ -125,12 +125,13 @@ class ClusterLayer(nn.Module):
             self.bias[rows] = 0
 
     def init_clusters(
-        self, features: Tensor, methods: Sequence[str], *, num_restarts: int = 3, group: Any = None
+        self, features: Tensor, methods: Sequence[str], *, num_restarts: int = 3, seed: int = 0, group: Any = None
     ) -> None:
         """Clusters of the bank's features (n, D) become weights: sub-head h begins by `methods[h % len(methods)]`.
 
         `kmeans`: spherical k-means. `spectral`: means of spectral clusters, on graphs of 15, 20, 30 and 40 neighbours
-        in turn, then fitted to give those very clusters. `random`: left as drawn. Each sub-head has its own seed.
+        in turn, then fitted to give those very clusters. `random`: left as drawn. Sub-head h has `seed` + h, the
+        same on all ranks.
         """
         scale = float(mean_rows(features.norm(dim=1, keepdim=True), group))
         for head in range(self.num_heads):
@@ -142,13 +143,13 @@ class ClusterLayer(nn.Module):
                     spherical=True,
                     num_restarts=num_restarts,
                     num_iters=50,
-                    seed=head,
+                    seed=seed + head,
                     group=group,
                 )
                 self.set_prototypes(head, found.centroids.to(self.weight), scale)
             elif method == "spectral":
-                neighbors = SPECTRAL_NEIGHBORS[head % len(SPECTRAL_NEIGHBORS)]
-                labels = spectral_clusters(features, self.num_clusters, num_neighbors=neighbors, seed=head, group=group)
+                options = {"num_neighbors": SPECTRAL_NEIGHBORS[head % len(SPECTRAL_NEIGHBORS)], "seed": seed + head}
+                labels = spectral_clusters(features, self.num_clusters, group=group, **options)
                 members = F.one_hot(labels, self.num_clusters).to(features)
                 sums = sum_over(members.T @ F.normalize(features, dim=1), group)
                 self.set_prototypes(head, F.normalize(sums, dim=1).to(self.weight), scale)

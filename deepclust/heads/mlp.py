@@ -34,7 +34,7 @@ class ClusterMLP(nn.Module):
 
     @torch.no_grad()
     def init_clusters(
-        self, features: Tensor, labels: Tensor | None = None, *, steps: int = 2000, group: Any = None
+        self, features: Tensor, labels: Tensor | None = None, steps: int = 2000, *, seed: int = 0, group: Any = None
     ) -> None:
         """K-means centres become the rows of both linear layers, orthogonalised; biases are 0.
 
@@ -47,10 +47,11 @@ class ClusterMLP(nn.Module):
         hidden = min(self.first.out_features, max(1, num_rows // 2))
         scaled = _standard_rows(features)
         weight = self.first.weight.clone()
-        weight[:hidden] = kmeans(scaled, hidden, num_iters=25, group=group).centroids.to(weight)
+        weight[:hidden] = kmeans(scaled, hidden, num_iters=25, seed=seed, group=group).centroids.to(weight)
         active = _standard_rows(F.relu(features @ weight.T / (1 + self.norm.eps) ** 0.5))
         if labels is None:
-            centers = kmeans(active, self.num_clusters, num_restarts=10, num_iters=50, group=group).centroids
+            options: dict[str, Any] = {"num_restarts": 10, "num_iters": 50, "seed": seed, "group": group}
+            centers = kmeans(active, self.num_clusters, **options).centroids
         else:
             members = F.one_hot(labels, self.num_clusters).to(active)
             counts = sum_over(members.sum(0), group).clamp_min(1)[:, None]

@@ -81,6 +81,7 @@ class P2OT(Head):
         self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
         self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
+        self.start = int(torch.randint(2**31, ()))  # of the clusterings it may begin with; the same on all ranks
         rows = min(memory_size, num_samples)
         self.register_buffer("memory", torch.zeros(rows, num_heads, num_clusters))
         self.register_buffer("memory_index", torch.full((rows,), -1))
@@ -89,7 +90,7 @@ class P2OT(Head):
 
     def init_prototypes(self, bank: Bank) -> None:
         """Clusters of the bank's features make the first weights."""
-        self.layer.init_clusters(bank.features, self.init, group=bank.group)
+        self.layer.init_clusters(bank.features, self.init, seed=self.start, group=bank.group)
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to H logits (B, K)."""

@@ -80,6 +80,7 @@ class SCAN(Head):
         self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
         self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind=kind, temperature=temperature)
+        self.start = int(torch.randint(2**31, ()))  # of the clusterings it may begin with; the same on all ranks
         self.embedder: list[nn.Module] = []
         self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors + 1))
 
@@ -90,7 +91,7 @@ class SCAN(Head):
 
     def init_prototypes(self, bank: Bank) -> None:
         """Clusters of the bank's features make the first weights."""
-        self.layer.init_clusters(bank.features, self.init, group=bank.group)
+        self.layer.init_clusters(bank.features, self.init, seed=self.start, group=bank.group)
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to H logits (B, K)."""

@@ -38,14 +38,6 @@ def pca_whiten(x: Any, num_components: int, *, group: dist.ProcessGroup | None =
     return out
 
 
-def whitening(x: Any, num_components: int, *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """The map that `pca_whiten` applies, for rows that come later: (x - mean) @ projection.
-
-    Arguments, dtypes and errors as there. Returns mean (D,) and projection (D, C), the same on all ranks.
-    """
-    return _fit(Rows(x, Ranks(group)), num_components)
-
-
 def _fit(rows: Rows, num_components: int) -> tuple[Tensor, Tensor]:
     if rows.total < 2:
         raise ValueError(f"x: whitening needs at least 2 rows, got {rows.total}")
