@@ -102,7 +102,13 @@ def test_a_run_reports_its_confidences(tmp_path, labels):
 
 def test_clusters_and_predictions_carry_the_calibrated_confidence(tmp_path):
     words = [word for word in SMALL if not word.startswith("stages.")]
-    words += ["head=calibration", "head.mini_clusters=5", "trainer.num_images=120", "num_clusters=4", f"run.dir={tmp_path}"]
+    words += [
+        "head=calibration",
+        "head.mini_clusters=5",
+        "trainer.num_images=120",
+        "num_clusters=4",
+        f"run.dir={tmp_path}",
+    ]
     words += ["trainer.micro_batches=2", "optim.step_per=micro"]
     assert train(load(words), small_data(60, [0, 1, 2, 3] * 15)) == 0
     with open(tmp_path / "clusters.csv") as file:
