@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deepclust.errors import UserError
 from deepclust.heads.base import Bank, Batch, Head, Output, Targets, View
+from deepclust.heads.layers import drawn_seed
 from deepclust.heads.mlp import ClusterMLP
 from deepclust.heads.selflabel import SelfLabel
 from deepclust.heads.wrapper import Wrapper
@@ -104,15 +105,14 @@ class Calibration(Wrapper):
         extra = (View(weak_view, used_for="targets"), View(clean_view, used_for="targets"))
         super().__init__(inner, extra[:1] if shared else extra)
         self.gives_labels = gives_labels
-        self.calibrator, self.start = ClusterMLP(dim, hidden_dim, num_clusters), int(torch.randint(2**31, ()))
+        self.calibrator, self.start = ClusterMLP(dim, hidden_dim, num_clusters), drawn_seed()
         self.weak, self.clean = len(inner.views), shared[0] if shared else len(inner.views) + 1
         self.per_cluster, self.entropy_weight, self.lr_scale = per_cluster, entropy_weight, lr_scale
         self.restarts, self.iterations, self.warm_start = restarts, iterations, warm_start
-        self.orthogonal_steps = orthogonal_steps
+        self.orthogonal_steps, self.fresh = orthogonal_steps, True
         self.register_buffer("centroids", torch.zeros(mini_clusters, dim))
         self.register_buffer("warm", torch.zeros((), dtype=torch.bool))
         self.training_buffers += ("centroids", "warm")
-        self.fresh = True
 
     def init_from(self, previous: Head) -> None:
         """`inner` takes over what it can; if it takes nothing, both heads begin as k-means."""

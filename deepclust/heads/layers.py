@@ -73,6 +73,11 @@ class Reading(nn.Module):
         return (F.normalize(z, dim=1) @ self.centroids.T / self.temperature).softmax(dim=1)
 
 
+def drawn_seed() -> int:
+    """A seed from the global random state: drawn where a head is built, it follows the run and is one for all ranks."""
+    return int(torch.randint(2**31, (), device="cpu"))
+
+
 class ClusterLayer(nn.Module):
     """H independent sub-heads from features to cluster logits, evaluated in one product.
 

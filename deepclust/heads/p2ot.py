@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer
+from deepclust.heads.layers import ClusterLayer, drawn_seed
 from deepclust.ops import mass_schedule, partial_transport
 from deepclust.ops.collectives import gather_rows
 from deepclust.ops.transport import TransportResult
@@ -81,7 +81,7 @@ class P2OT(Head):
         self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
         self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
-        self.start = int(torch.randint(2**31, ()))  # of the clusterings it may begin with; the same on all ranks
+        self.start = drawn_seed()
         rows = min(memory_size, num_samples)
         self.register_buffer("memory", torch.zeros(rows, num_heads, num_clusters))
         self.register_buffer("memory_index", torch.full((rows,), -1))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer
+from deepclust.heads.layers import ClusterLayer, drawn_seed
 from deepclust.ops.collectives import gather_rows, mean_rows
 from deepclust.ops.neighbors import neighbor_table
 from deepclust.schema import Count, NonNegative, Positive
@@ -80,7 +80,7 @@ class SCAN(Head):
         self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
         self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind=kind, temperature=temperature)
-        self.start = int(torch.randint(2**31, ()))  # of the clusterings it may begin with; the same on all ranks
+        self.start = drawn_seed()
         self.embedder: list[nn.Module] = []
         self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors + 1))
 
