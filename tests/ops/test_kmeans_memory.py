@@ -28,12 +28,12 @@ class Chunks:
 
     def __init__(self) -> None:
         self.base = mixture(16_384, 64, 500)
-        self.passes = 0
+        self.passes = 0  # complete ones
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        self.passes += 1
         for number in range(19):
             yield self.base + 0.01 * number
+        self.passes += 1
 
 
 def resident(field: str) -> float:

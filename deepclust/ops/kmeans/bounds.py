@@ -20,6 +20,8 @@ MAX_BYTES = 32 << 20
 """Of the bounds; with a copied block, the filter and scratch they stay within 64 MB."""
 START_BELOW = 0.01
 """Bounds are built when at most this part of the rows changed cluster in the last pass."""
+SAMPLE = 512
+"""Rows on which bounds are tried before they are built for all."""
 STOP_ABOVE = 0.10
 """A block with more than this part of (row, group) pairs to search is searched in full."""
 
@@ -58,17 +60,42 @@ class GroupBounds:
             self.lower = None
         elif self.lower is None:
             self._group(centroids)
-            self.lower = torch.full((self.num_groups, self.rows.num), -1.0, dtype=self.rows.dtype)
+            if self._promising(centroids):
+                self.lower = torch.full((self.num_groups, self.rows.num), -1.0, dtype=self.rows.dtype)
+            else:
+                self.start_below /= 2
         else:
-            drift = torch.linalg.vector_norm(self._arranged(centroids - self.centroids), dim=1)
-            # A whit more than the movement, since it was itself rounded.
-            self.lower -= drift.view(self.num_groups, -1).amax(1)[:, None] * (1 + 1e-5)
+            self.lower -= self._drift(centroids)
         self.centroids = centroids
         if self.lower is not None:
-            self.grouped = self._arranged(centroids)
-            self.half = self.grouped.square().sum(1).mul_(0.5)
-            self.half[len(centroids) :] = float("inf")
-            self.reach = float(centroids.norm(dim=1).max())
+            self._prepare(centroids)
+
+    def _drift(self, centroids: Tensor) -> Tensor:
+        """(groups, 1) furthest movement since the last pass, a whit more, since it was itself rounded."""
+        drift = torch.linalg.vector_norm(self._arranged(centroids - self.centroids), dim=1)
+        return drift.view(self.num_groups, -1).amax(1)[:, None] * (1 + 1e-5)
+
+    def _prepare(self, centroids: Tensor) -> None:
+        self.centroids, self.grouped = centroids, self._arranged(centroids)
+        self.half = self.grouped.square().sum(1).mul_(0.5)
+        self.half[len(centroids) :] = float("inf")
+        self.reach = float(centroids.norm(dim=1).max())
+
+    def _promising(self, centroids: Tensor) -> bool:
+        """Whether bounds from the last pass would have spared most of this one, judged by some rows."""
+        block = next((block for _, block in self.rows.blocks()), None)
+        if block is None or not len(block):
+            return False
+        rows = block[:: -(-len(block) // SAMPLE)].contiguous()
+        drift, part = self._drift(centroids), torch.empty(len(rows), dtype=torch.int64)
+        lower = rows.new_empty(self.num_groups, len(rows))
+        self._prepare(self.centroids)
+        squares = rows.square().sum(1)
+        self._search_in_full(rows, part, lower, squares, self._slack(squares, rows))
+        self._prepare(centroids)
+        squares, best = self._lengths(rows, part)
+        due = lower - drift < (best + self._slack(squares, rows)).sqrt_()
+        return float(due.double().mean()) <= STOP_ABOVE / 2
 
     def assign(self, start: int, block: Tensor, part: Tensor) -> None:
         """Nearest centroids of a block; `part` holds the labels of the pass before and is overwritten."""
@@ -102,9 +129,7 @@ class GroupBounds:
 
     def _assign_bounded(self, block: Tensor, part: Tensor, lower: Tensor) -> None:
         squares, best = self._lengths(block, part)
-        # Rounding of |x|² − 2x·c + |c|²: with unit roundoff u = eps/2 a product of D terms errs by at most D u |x||c|
-        # (Higham 2002, equation 3.5), and 2|x||c| <= (|x| + |c|)²/2; the other few operations by less than 4 u each.
-        slack = (squares.sqrt() + self.reach).square_() * (torch.finfo(block.dtype).eps * (2 + block.shape[1] / 4))
+        slack = self._slack(squares, block)
         due = lower < (best + slack).sqrt_()
         if float(due.sum()) > STOP_ABOVE * due.numel():
             first = bool((lower < 0).all())
@@ -117,6 +142,14 @@ class GroupBounds:
             for low in range(0, len(index), SLICE):
                 self._search_group(group, index[low : low + SLICE], block, squares, slack, best, own, lower)
         part.copy_(self.order[own])
+
+    def _slack(self, squares: Tensor, block: Tensor) -> Tensor:
+        """(B,) what rounding may do to a squared distance |x|² − 2x·c + |c|².
+
+        With unit roundoff u = eps/2 a product of D terms errs by at most D u |x||c| (Higham 2002, equation 3.5), and
+        2|x||c| <= (|x| + |c|)²/2; the other few operations err by less than 4 u each.
+        """
+        return (squares.sqrt() + self.reach).square_() * (torch.finfo(block.dtype).eps * (2 + block.shape[1] / 4))
 
     def _lengths(self, block: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
         """Squared lengths of the rows (B,) and of their differences to their own centroids (B,)."""
