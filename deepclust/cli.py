@@ -270,6 +270,57 @@ def predict(words: list[str]) -> int:
     return OK if clustered else BAD_INPUT
 
 
+def features(words: list[str]) -> int:
+    """`features IMAGES [--backbone NAME ...] [--store DIR]`"""
+    parser = _Parser(
+        "deepclust features",
+        description="Features of a folder of images in a store, made once. Asking again adds what is new, computes "
+        "what changed and marks what is gone; after a stop the same command goes on.",
+    )
+    add = parser.add_argument
+    add("images", type=Path, help="a folder of images")
+    add(
+        "--backbone",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a timm model (default: vit_small_patch16_224.dino), a run folder or its model.safetensors, or "
+        "FILE.py:FUNCTION, which gives a torch module; may be given several times",
+    )
+    add("--weights", action="append", default=[], metavar="FILE", help="a local file, one for each timm model")
+    add("--size", type=_count, metavar="PX", help="side of the images that are fed; default: the backbone's own")
+    add("--store", type=Path, metavar="DIR", help="default: outputs/features-<name of the folder>")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored features")
+    add("--batch-size", type=_count, metavar="B", help="at most 1024; default: 32, and 256 on a GPU")
+    add("--workers", type=_count, metavar="N", help="threads that decode; default: one a core, at most 8")
+    add("--no-hash", action="store_true", help="no SHA-256 of the files: size and time tell what changed")
+    add("--train", action="store_true", help="without weights, train a backbone on these images first (SimCLR)")
+    asked = parser.parse_args(words)
+    from deepclust.extract import Asked, extract
+
+    return extract(
+        Asked(
+            asked.images,
+            asked.store,
+            asked.backbone,
+            asked.weights,
+            asked.size,
+            asked.dtype,
+            asked.batch_size,
+            asked.workers,
+            not asked.no_hash,
+            asked.train,
+        )
+    )
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
 def doctor(words: list[str]) -> int:
     """`doctor [--gpu]`: what this machine has, and whether a run could work here."""
     parser = _Parser("deepclust doctor", description="What this machine has, and whether a run could work here.")
@@ -287,6 +338,7 @@ def doctor(words: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "train": (train, "train [key=value ...]", "train, cluster, evaluate, report"),
     "predict": (predict, "predict RUN IMAGES [-o clusters.csv]", "clusters of new images"),
+    "features": (features, "features IMAGES [--backbone NAME ...]", "a folder's features, once, in a store"),
     "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
     "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),
     "doctor": (doctor, "doctor [--gpu]", "versions, device, precision, disk; kernels on the GPU"),

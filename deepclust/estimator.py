@@ -56,7 +56,7 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
         data = as_data(X)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(self.run_dir or Path(temporary) / "run")
-            config = load([*self._words(), f"run.dir={_quoted(str(folder))}"])
+            config = load([*self._words(), f"run.dir={quoted(str(folder))}"])
             if train(config, data):
                 raise KeyboardInterrupt("stopped; the same call with a run_dir goes on from there")
             self.model_ = Clusterer.load(folder)
@@ -120,8 +120,8 @@ def _text(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(_text, value))}]"
-    return str(value) if re.fullmatch(r"[\w./+-]+", str(value)) else _quoted(str(value))
+    return str(value) if re.fullmatch(r"[\w./+-]+", str(value)) else quoted(str(value))
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -318,12 +318,12 @@ def write_page(
     images, split = data.train, kept.train
 
     def read(place: int) -> np.ndarray:
-        return images.read(int(split.rows[place])).numpy()
+        return images.picture(int(split.rows[place]))
 
     def caption(place: int) -> str:
         return f"{images.paths[split.rows[place]]} ({split.confidence[place]:.0%})"
 
-    shown = 0 if images.is_features else gallery_images
+    shown = 0 if images.is_features and images.root is None else gallery_images
     galleries = make_galleries(split.clusters, split.confidence, summary["num_clusters"], shown, read, caption)
     model = folder.path.as_posix()
     commands = [

@@ -107,19 +107,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise FolderError(f"{path} cannot be written: {explain(error)}") from error
 
 
-def explain(error: BaseException) -> str:
-    """An operating system's error in a few words, and the fix."""
+def explain(error: BaseException, option: str = "run.dir=…") -> str:
+    """An operating system's error in a few words, and the fix. option: what chooses another place."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            "the disk is full. Free some space or choose another place with run.dir=…; the same command then goes on."
+            f"the disk is full. Free some space or choose another place with {option}; the same command then goes on."
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "no permission to write there. Choose another place with run.dir=…"
+        return f"no permission to write there. Choose another place with {option}"
     if number == errno.ENAMETOOLONG:
-        return "the name is too long. Choose a shorter run.name or run.dir."
+        return f"the name is too long. Choose a shorter one with {option}"
     if number in (errno.EEXIST, errno.ENOTDIR):
-        return "a file is in the way. Choose another run.dir."
+        return f"a file is in the way. Choose another place with {option}"
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
 
 
@@ -148,7 +148,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             _check_ours(path)
-            lock = _take_lock(path)
+            lock = take_lock(path)
         except OSError as error:
             raise FolderError(f"run.dir={path} cannot be used: {explain(error)}") from error
         folder = cls(path, rank, lock)
@@ -192,10 +192,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Lets another run have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-            _held.discard(self.path.resolve())
+        release_lock(self.path, self._lock)
+        self._lock = None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -253,15 +251,16 @@ def _check_ours(path: Path) -> None:
         raise FolderError(f"run.dir={path} holds {', '.join(taken)}, which no run wrote. Choose another run.dir.")
 
 
-def _take_lock(path: Path) -> IO[str] | None:
-    """An open file that holds the folder's lock until it is closed or this process ends, however it ends.
+def take_lock(path: Path, option: str = "run.dir=") -> IO[str] | None:
+    """An open file that holds the folder's lock until `release_lock` or until this process ends, however it ends.
 
     A record lock and not `flock`: a data worker that outlives a killed run would still hold the latter.
+    option: what chooses the folder, in messages. Raises FolderError where another run holds it.
     """
-    resolved = path.resolve()
+    resolved, choose = path.resolve(), option.strip(" =")
     if resolved in _held:
         raise FolderError(
-            f"run.dir={path} is in use by another run of this process. Finish that one or choose another run.dir."
+            f"{option}{path} is in use by another run of this process. Finish that one or choose another {choose}."
         )
     file = open(inside(path, LOCK), "a+")  # noqa: SIM115 - stays open as long as the run
     try:
@@ -274,13 +273,20 @@ def _take_lock(path: Path) -> IO[str] | None:
         if not isinstance(error, BlockingIOError | PermissionError):
             raise
         raise FolderError(
-            f"run.dir={path} is in use by {owner}. Wait for it, stop it, or choose another run.dir."
+            f"{option}{path} is in use by {owner}. Wait for it, stop it, or choose another {choose}."
         ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held.add(resolved)
     return file
+
+
+def release_lock(path: Path, lock: IO[str] | None) -> None:
+    """Lets another run have the folder whose lock this is."""
+    if lock is not None:
+        lock.close()
+        _held.discard(path.resolve())
 
 
 def _read(path: Path) -> str | None:

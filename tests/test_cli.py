@@ -150,6 +150,11 @@ def test_sweeps_run_in_folders_of_their_own_and_stop_at_a_fault(trained, capsys,
         (["checkpoint", "verify", "nowhere"], "there is no such checkpoint"),
         (["predict", "nowhere", "nothing"], "nowhere: there is no such file or folder"),
         (["doctor", "x"], "unrecognized arguments: x"),
+        (["features"], "the following arguments are required: images"),
+        (["features", "nowhere"], "nowhere: there is no such folder"),
+        (["features", ".", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["features", ".", "--batch-size", "0"], "'0' is no whole number from 1 on"),
+        (["features", ".", "--backbnoe", "x"], "did you mean --backbone?"),
     ],
 )
 def test_wrong_words_are_answered(words, part, capsys):
@@ -157,7 +162,7 @@ def test_wrong_words_are_answered(words, part, capsys):
     assert part in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["predict", "list", "checkpoint", "doctor"])
+@pytest.mark.parametrize("command", ["predict", "features", "list", "checkpoint", "doctor"])
 def test_each_command_says_what_it_takes(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

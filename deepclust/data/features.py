@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from deepclust.data.arrays import as_labels, load_array
-from deepclust.data.folders import NO_SPLIT, by_protocol
-from deepclust.data.image_set import ImageData, as_classes, set_of_arrays
+from deepclust.data.folders import NO_SPLIT, Listing, by_protocol, natural, printable, read_structure
+from deepclust.data.image_set import ImageData, Skipped, as_classes, set_of_arrays
+from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
 from deepclust.schema import Imbalance
 
@@ -23,16 +24,23 @@ def features(
     labels: str | None = None,
     protocol: Literal["transductive", "inductive", "longtail"] = "transductive",
     imbalance: Imbalance | None = None,
+    backbone: str | None = None,
 ) -> ImageData:
-    """Feature vectors of a .npy, .npz or .safetensors file; goes with `backbone=identity`.
+    """Feature vectors of a feature store, or of a .npy, .npz or .safetensors file; goes with `backbone=identity`.
 
-    file: an array (N, D) of any real dtype, called `features` (or `x`, or the only one) where the file holds several;
-    beside it a file may hold `labels` (N,), `splits` (N,) with the names of splits and `paths` (N,) for clusters.csv.
-    labels: another file with them. protocol `inductive`: trains on split train, the rest is held out.
+    file: a store's folder, as `deepclust features` makes it; or an array (N, D) of any real dtype, called `features`
+    (or `x`, or the only one) where the file holds several; beside it a file may hold `labels` (N,), `splits` (N,) with
+    the names of splits and `paths` (N,) for clusters.csv. labels: another file with them; of a store one for each of
+    its rows, `none` for none, and by default the names of folders as for `image_folder`. protocol `inductive`: trains
+    on split train, the rest is held out. backbone: which one of a store with several.
 
     Raises:
-        UserError: no such file, another shape, or values that are not finite.
+        UserError: no such file, another shape, values that are not finite, or a store that was changed on disk.
     """
+    if os.path.isdir(os.path.expanduser(file)):
+        return from_store(file, labels, protocol, imbalance, backbone)
+    if backbone is not None:
+        raise UserError(f"data.backbone={backbone}: chooses among those of a feature store; data.file={file} is none.")
     found = load_columns(file, "data.file")
     if labels is not None:
         found["labels"] = load_array(labels, "data.labels", ("labels", "y"))
@@ -57,6 +65,35 @@ def from_features(
     if paths is not None:
         everything.paths = _texts("paths", paths, len(rows))
     return by_protocol(name, everything, protocol, imbalance)
+
+
+def from_store(
+    path: str, labels: str | None, protocol: str, imbalance: float | None, backbone: str | None
+) -> ImageData:
+    """The usable rows of a feature store, as float32 in memory; their ids are the store's rows."""
+    store = FeatureStore.open(path)
+    name, rows = store.backbone(backbone).name, store.rows(backbone)
+    if damaged := store.damaged(name):
+        raise UserError(
+            f"data.file={path}: {store.file(name)} was changed on disk (SHA-256, {len(damaged)} blocks of rows); "
+            f"{store.command} computes them again."
+        )
+    if waiting := int((~store.computed(name) & (store.status != "deleted")).sum()):
+        raise UserError(f"data.file={path}: {waiting} images have no features yet; {store.command} goes on.")
+    listing = Listing(store.root, [store.paths[row] for row in rows])
+    read_structure(listing, "none" if labels == "none" else "auto")
+    known: list[Any] = listing.labels
+    if labels not in (None, "none"):
+        column = as_labels(load_array(labels, "data.labels", ("labels", "y")), len(store))
+        known = [column[row] for row in rows]
+    classes, class_names = as_classes(known, natural if labels is None else None)
+    everything = set_of_arrays(
+        store.root.name or "features", as_features(store.features(name)[rows]), listing.splits, classes, class_names
+    )
+    everything.ids, everything.paths, everything.root = rows, listing.paths, str(store.root)
+    reasons = ((row, store.reasons[row]) for row in np.flatnonzero(store.status == "unreadable").tolist())
+    everything.skipped = [Skipped(row, printable(store.paths[row]), reason) for row, reason in reasons]
+    return by_protocol(everything.name, everything, protocol, imbalance)
 
 
 def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:

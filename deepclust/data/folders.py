@@ -53,14 +53,17 @@ def natural(text: str) -> tuple[Any, ...]:
     return (*((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece), (-1, 0, text))
 
 
-def check_folder(root: str) -> Path:
-    """The folder at `root` (`~` allowed); a `UserError` says what is wrong with it and what may have been meant."""
+def check_folder(root: str, key: str = "data.root=") -> Path:
+    """The folder at `root` (`~` allowed); a `UserError` says what is wrong with it and what may have been meant.
+
+    key: what messages write before the folder.
+    """
     path = Path(os.path.expanduser(root))
     if root and os.path.isdir(path):
         return path
     if os.path.isfile(path):
-        raise UserError(f"data.root={root}: this is a file; give the folder that holds the images.")
-    raise UserError(f"data.root={root}: there is no such folder. {_nearest(path)}")
+        raise UserError(f"{key}{root}: this is a file; give the folder that holds the images.")
+    raise UserError(f"{key}{root}: there is no such folder. {_nearest(path)}")
 
 
 def _nearest(path: Path) -> str:
@@ -75,28 +78,28 @@ def _nearest(path: Path) -> str:
     return f"Did you mean {here / close[0]}?" if close else f"The nearest folder that exists is {here}."
 
 
-def list_folder(root: str) -> Listing:
+def list_folder(root: str, key: str = "data.root=") -> Listing:
     """All image files under `root`, at any depth, in natural order of their paths.
 
     Hidden and system names are left out; links are followed, but never into a folder that contains them. Links that
-    lead nowhere count as images, so that they are named later on.
+    lead nowhere count as images, so that they are named later on. key: what messages write before the folder.
     """
-    path = check_folder(root)
+    path = check_folder(root, key)
     found: list[str] = []
     others: Counter[str] = Counter()
-    for name in _walk(path):
+    for name in _walk(path, key):
         extension = os.path.splitext(name)[1].lower()
         if extension in EXTENSIONS:
             found.append(name)
         else:
             others[extension or "no extension"] += 1
     if not found:
-        raise UserError(f"data.root={root}: {_nothing_found(others)}")
+        raise UserError(f"{key}{root}: {_nothing_found(others)}")
     found.sort(key=lambda name: [natural(part) for part in name.split("/")])
     return Listing(path, found, num_ignored=others.total())
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: Path, key: str) -> Iterator[str]:
     """Relative paths of all files below `root` that are not hidden."""
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while waiting:
@@ -106,7 +109,7 @@ def _walk(root: Path) -> Iterator[str]:
             status, entries = folder.stat(), list(os.scandir(folder))
         except OSError as error:
             raise UserError(
-                f"data.root={root}: the folder {folder} cannot be listed ({error.strerror}).\n"
+                f"{key}{root}: the folder {folder} cannot be listed ({error.strerror}).\n"
                 "Give yourself permission to read it, or move it elsewhere."
             ) from error
         here = (status.st_dev, status.st_ino)
@@ -203,7 +206,7 @@ def load_files(
     num_channels = channels if channels != "auto" else 1 if all_grey(files) else 3
     in_memory = len(files) * num_channels * size * size <= memory_mb * 2**20
     images, reasons = decode_all(files, size, num_channels, in_memory)
-    reasons = [_name_fault(path) or reason for path, reason in zip(listing.paths, reasons)]
+    reasons = [name_fault(path) or reason for path, reason in zip(listing.paths, reasons)]
     rows = np.flatnonzero([reason is None for reason in reasons])
     _check_count(listing, reasons, len(rows))
     if images is not None and len(rows) < len(files):
@@ -242,7 +245,8 @@ def printable(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def _name_fault(path: str) -> str | None:
+def name_fault(path: str) -> str | None:
+    """Why a file of this name is left out, None if it is not."""
     return None if printable(path) == path else "its name is not valid UTF-8: rename it"
 
 

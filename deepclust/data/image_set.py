@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepclust.data.images import decode
+from deepclust.data.images import UnreadableImage, decode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_GREY_MEAN, IMAGENET_GREY_STD = (0.449,), (0.226,)
+PICTURE_SIZE = 96
 STATISTICS_IMAGES = 4096
 """At most so many images, evenly spaced, give the mean and standard deviation of a set in memory."""
 
@@ -42,7 +43,8 @@ class ImageSet:
     float32, which views leave as they are.
     classes: (N,) int64 indices into `class_names`, or None; only evaluation may read them.
     skipped: unreadable files. num_ignored: files in the folder that are no images.
-    root, file_bytes (N,) int64: folder and file sizes of a set that comes from files.
+    root, file_bytes (N,) int64: folder and file sizes of a set that comes from files. Of features, root alone: the
+    folder of the images that they came from.
     """
 
     name: str
@@ -77,6 +79,18 @@ class ImageSet:
         if self.images is not None:
             return self.images[row]
         return torch.from_numpy(decode(os.path.join(self.root or "", self.paths[row]), self.size[0], self.channels))
+
+    def picture(self, row: int) -> np.ndarray:
+        """uint8 (C, H, W) to show for a row: its image; of features that came from images, a small one of its file.
+
+        Grey where that file cannot be read any more.
+        """
+        if not self.is_features:
+            return self.read(row).numpy()
+        try:
+            return decode(os.path.join(self.root or "", self.paths[row]), PICTURE_SIZE, 3)
+        except UnreadableImage:
+            return np.full((3, PICTURE_SIZE, PICTURE_SIZE), 200, dtype=np.uint8)
 
     def select(self, rows: np.ndarray | Sequence[int] | Tensor) -> ImageSet:
         """The set of these rows (indices, or a mask of N booleans), in this order; ids, mean and std stay."""

@@ -7,12 +7,15 @@ applied; animations give their first frame; colour profiles are not applied.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -48,8 +51,11 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what brings the image upright."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 EXIF_ORIENTATION = 0x0112
 POOL_BATCH = 1024
+Result = TypeVar("Result")
 
 # Pillow warns about large images and odd metadata on stderr, once per worker; what matters comes back as a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -66,24 +72,49 @@ class UnreadableImage(UserError):
         return f"{self.path}: {self.reason}"
 
 
+class Decoded(NamedTuple):
+    """pixels: uint8 (channels, size, size). size: (width, height) of the upright image as it is in the file.
+
+    sha256: of the file's bytes, empty where it was not asked for.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+    sha256: bytes
+
+
 def decode(path: str | Path, size: int, channels: int) -> np.ndarray:
     """An image file as uint8 (channels, size, size): shorter side resized to `size` (antialiased bicubic), centre crop.
 
     Raises:
         UnreadableImage: whatever is wrong with the file.
     """
+    return decode_file(path, size, channels).pixels
+
+
+def decode_file(path: str | Path, size: int, channels: int, hashing: bool = False) -> Decoded:
+    """The same with what else reading the file tells; it is read once, its hash included.
+
+    Raises:
+        UnreadableImage: whatever is wrong with the file.
+    """
     try:
         _check_file(path)
-        with Image.open(path, formats=FORMATS) as image:
+        data = Path(path).read_bytes() if hashing else None
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+            whole = image.size
             image.draft(
                 None, (2 * size, 2 * size)
             )  # JPEG decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
             sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             image.load()
-            pixels = _crop(_eight_bit(_upright(image), sixteen_bit, channels), size)
+            orientation = _orientation(image)
+            pixels = _crop(_eight_bit(_upright(image, orientation), sixteen_bit, channels), size)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on a broken file
         raise UnreadableImage(str(path), _reason(error)) from error
-    return np.array(pixels).reshape(size, size, channels).transpose(2, 0, 1).copy()
+    array = np.array(pixels).reshape(size, size, channels).transpose(2, 0, 1).copy()
+    seen = whole[::-1] if orientation in SIDEWAYS else whole
+    return Decoded(array, seen, b"" if data is None else hashlib.sha256(data).digest())
 
 
 def _check_file(path: str | Path) -> None:
@@ -94,11 +125,15 @@ def _check_file(path: str | Path) -> None:
         raise ValueError("empty file (0 bytes)")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # broken metadata says nothing about the pixels
-        turn = None
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
@@ -168,7 +203,7 @@ def decode_all(
             images[row] = torch.from_numpy(pixels)
         return None
 
-    return images, _in_threads(read, len(files))
+    return images, in_threads(read, len(files))
 
 
 def all_grey(files: Sequence[str], num_samples: int = 256) -> bool:
@@ -182,15 +217,19 @@ def all_grey(files: Sequence[str], num_samples: int = 256) -> bool:
             return None
         return bool((pixels[0] == pixels[1]).all() and (pixels[1] == pixels[2]).all())
 
-    found = [answer for answer in _in_threads(grey, len(rows)) if answer is not None]
+    found = [answer for answer in in_threads(grey, len(rows)) if answer is not None]
     return bool(found) and all(found)
 
 
-def _in_threads(work: Callable[[int], bool | str | None], count: int) -> list:
+def num_decoders() -> int:
+    """Threads to decode with: one for each core that this process may use, eight at most."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def in_threads(work: Callable[[int], Result], count: int) -> list[Result]:
     """`work(row)` for every row, in order, a batch at a time so that Ctrl-C does not wait for all of them."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    results: list = []
-    with ThreadPoolExecutor(min(8, num_cores)) as pool:
+    results: list[Result] = []
+    with ThreadPoolExecutor(num_decoders()) as pool:
         for start in range(0, count, POOL_BATCH):
             results += pool.map(work, range(start, min(start + POOL_BATCH, count)))
     return results

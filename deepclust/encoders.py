@@ -1,0 +1,191 @@
+"""Backbones that feed a feature store: a timm model, a trained model of ours, or a network of the user's own making."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepclust.backbones import Backbone, Preprocess, timm_backbone
+from deepclust.checkpoint import digest_state
+from deepclust.data.store import StoredBackbone
+from deepclust.data.views import ViewTransform
+from deepclust.errors import UserError
+from deepclust.precision import autocast, autocast_dtype
+
+RESIZING = "shorter side to `size`, antialiased bicubic; centre crop"
+LABEL_FREE = r"(dino|mae|fcmae|mim|lvd142m|lvd1689m|sat493m)(_|$)"
+LABELLED = r"(^|_)(in1k|in12k|in21k|in22k|inat21|jft)(_|$)"
+"""How timm's tags of pretrainings without labels begin, and what those with labels hold, besides `ft`: fine-tuned."""
+
+
+class NoWeights(UserError):
+    """Pretrained weights that cannot be had here."""
+
+
+@dataclass
+class Encoder:
+    """Images in, features out. model: its name for people; net: (B, C, H, W) views to (B, D).
+
+    view: (B, C, side, side) uint8 pixels to what `net` is fed. channels, side: of those pixels. precision: as a
+    trainer's (`auto`, `float32`, `bfloat16`). identity: what it is, plain JSON. note: what is to be said about it.
+    """
+
+    model: str
+    net: nn.Module
+    num_features: int
+    channels: int
+    side: int
+    view: ViewTransform
+    identity: dict[str, Any]
+    precision: str = "auto"
+    note: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def stored(self, dtype: str) -> StoredBackbone:
+        """What a store is told. Its name there holds a digest: other weights, sizes or dtypes lie beside these."""
+        what = {key: self.identity[key] for key in ("model", "weights", "preprocess")}
+        digest = hashlib.sha256(json.dumps({**what, "dtype": dtype}, sort_keys=True).encode()).hexdigest()[:8]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.model).strip(".-")[:80] or "model"
+        return StoredBackbone(f"{name}-{digest}", self.num_features, dtype, self.identity)
+
+    def begin(self, precision: str) -> None:
+        """Gets ready to compute in a precision; a `precision` of its own goes before `auto`."""
+        self.net = self.net.to(self.device, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
+        self.autocast = autocast_dtype(precision, self.device)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, C, side, side) uint8 to (B, D) float32 on the CPU."""
+        keys = torch.zeros(len(pixels), dtype=torch.int64)
+        views = self.view.batch(pixels.to(self.device), keys).contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, self.autocast):
+            return self.net(views).flatten(1).float().cpu()
+
+
+def precision_of(encoder: Encoder) -> str:
+    """float32, bfloat16 or float16: what `auto` means here."""
+    dtype = autocast_dtype(encoder.precision, encoder.device)
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def find_encoder(name: str, weights: str | None = None, size: int | None = None) -> Encoder:
+    """The encoder that `--backbone NAME` means. size: side in pixels of what a network is fed; None for its own.
+
+    name: a run folder or its model.safetensors; FILE.py:FUNCTION or MODULE:FUNCTION, a function without arguments that
+    gives a torch module; or a timm model. weights: a local file for the latter.
+    Raises UserError for what is none of these, NoWeights where weights cannot be had.
+    """
+    path = Path(name)
+    is_ours = path.suffix == ".safetensors" or (path / "model.safetensors").is_file() or ("/" in name and path.is_dir())
+    if not is_ours and ":" not in name:
+        return timm_encoder(name, weights, size)
+    if weights is not None:
+        raise UserError(f"--weights {weights}: {name} has weights of its own; --weights goes with a timm model")
+    return own_encoder(name, size) if is_ours else module_encoder(name, size)
+
+
+def timm_encoder(name: str, weights: str | None, size: int | None) -> Encoder:
+    """A timm model with its pretrained weights, or with those of a local file."""
+    try:
+        backbone = timm_backbone(3, name=name, pretrained=weights is None, weights=weights, image_size=size)
+    except UserError as error:
+        text = str(error).replace("backbone.name=", "--backbone ").replace("backbone.weights=", "--weights ")
+        if "could not be loaded" in text and weights is None:
+            why = text.partition("(")[2].rpartition(")")[0] or text
+            raise NoWeights(f"pretrained weights of {name} cannot be had here: {why}") from error
+        raise UserError(text) from error
+    config: dict[str, Any] = getattr(backbone.body, "pretrained_cfg", {})
+    told: dict[str, Any] = {"trained_with_labels": None, "source": Path(weights).name} if weights else {}
+    if not weights:
+        tag = str(config.get("tag", ""))
+        told = {"trained_with_labels": saw_labels(tag), "source": str(config.get("hf_hub_id") or config.get("url"))}
+    return _of_backbone(name, backbone, told)
+
+
+def saw_labels(tag: str) -> bool | None:
+    """Whether the pretraining that timm calls `tag` used labels; None where its name does not say."""
+    if "_ft_" in tag:
+        return True
+    if re.match(LABEL_FREE, tag):
+        return False
+    return True if re.search(LABELLED, tag) else None
+
+
+def module_encoder(name: str, size: int | None) -> Encoder:
+    """A module that a function of the user's gives; `preprocess` and `trained_with_labels` are read off it if there."""
+    net = load_function(name, "--backbone")()
+    if not isinstance(net, nn.Module):
+        raise UserError(f"--backbone {name}: the function gives {type(net).__name__}; expected a torch module")
+    preprocess = getattr(net, "preprocess", None) or Preprocess(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    side = size or preprocess.size or 224
+    with torch.inference_mode():
+        dim = net.eval()(torch.zeros(1, 3, side, side)).flatten(1).shape[1]
+    backbone = net if isinstance(net, Backbone) else Backbone(net, dim)
+    backbone.preprocess = dataclasses.replace(preprocess, size=side)
+    told = {"trained_with_labels": getattr(net, "trained_with_labels", None), "source": name.partition(":")[0]}
+    return _of_backbone(name.rpartition(":")[2], backbone, told)
+
+
+def own_encoder(path: str, size: int | None = None) -> Encoder:
+    """The backbone of a trained model: exactly what its `transform` gives, in float32."""
+    from deepclust.model import Clusterer
+
+    clusterer = Clusterer.load(path)
+    spec = clusterer.spec
+    if size is not None:
+        raise UserError(f"--size {size}: a trained model has a size of its own ({spec['view_size']}); leave it out")
+    if max(spec["image_size"]) == 1:
+        raise UserError(f"--backbone {path} is a model of features; give one of images")
+    net, folder = clusterer.network.backbone, Path(path).absolute()
+    pretrained = bool(spec["backbone"].get("pretrained") or spec["backbone"].get("weights"))
+    identity = {
+        "model": folder.name if folder.is_dir() else folder.parent.name,
+        "weights": weights_digest(net),
+        "preprocess": {key: spec[key] for key in ("image_size", "view_size", "mean", "std", "clean", "channels")},
+        "trained_with_labels": None if pretrained else False,
+        "source": spec["backbone"]["_target_"],
+    }
+    dim, side = getattr(net, "num_features"), max(spec["image_size"])  # noqa: B009
+    return Encoder(identity["model"], net, dim, spec["channels"], side, clusterer.view, identity, "float32")
+
+
+def _of_backbone(model: str, backbone: Backbone, told: dict[str, Any]) -> Encoder:
+    """A backbone that is fed colour images of its own size."""
+    own = backbone.preprocess
+    assert own is not None and own.size is not None
+    fed = {"size": own.size, "mean": list(own.mean), "std": list(own.std), "resize": RESIZING}
+    identity = {"model": model, "weights": weights_digest(backbone.body), "preprocess": fed, **told}
+    view = ViewTransform([], own.size, own.mean, own.std)
+    return Encoder(model, backbone, backbone.num_features, 3, own.size, view, identity, note=backbone.note)
+
+
+def weights_digest(net: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers, names included."""
+    return digest_state({"model": dict(net.state_dict())})["model"]
+
+
+def load_function(name: str, option: str) -> Callable[[], Any]:
+    """The function that `FILE.py:FUNCTION` or `MODULE:FUNCTION` names; runs the file. UserError if there is none."""
+    place, _, attribute = name.rpartition(":")
+    try:
+        if not place.endswith(".py"):
+            return getattr(importlib.import_module(place), attribute)
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{place} cannot be loaded")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
+    except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{option} {name}: {error}; expected FILE.py:FUNCTION or MODULE:FUNCTION") from error
