@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from deepclust.data.image_set import ImageData, ImageSet
-from deepclust.eval.baselines import baselines, chosen
+from deepclust.eval.baselines import NAMES, baselines, chosen
 from deepclust.eval.label_free import better_stage, label_free_scores
 from deepclust.eval.metrics import BY_CLASS, LONG_TAILED, clustering_scores, imbalance
 from deepclust.eval.probes import knn_probe, linear_probe
@@ -170,10 +170,13 @@ def run_baselines(
     pixels = None
     if data.train.images is not None and not data.train.is_features:
         pixels = data.train.images[torch.from_numpy(result.train.rows)].flatten(1)
+    which = settings.baselines
+    if which == "all" and pixels is None:
+        which = [name for name in NAMES if name != "pixels"]
     found = baselines(
         result.train.features,
         num_clusters,
-        which=settings.baselines,
+        which=which,
         pixels=pixels,
         seed=seed,
         max_samples=settings.baseline_samples,
