@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,11 +258,26 @@ class Trainer:
         """The sub-head with the lowest label-free score becomes `best`; ranks agree on rank 0's."""
         if self.head.num_heads > 1:
             bank = self.bank(BankSpec())
-            with untouched(self.evaluated):
+            with untouched(self.evaluated), self._lent():
                 scores = self.evaluated.head.score(bank)
             best = int(self.world.broadcast(int(scores.argmin())))
             for network in (self.network, self.evaluated):
                 network.head.best.fill_(best)
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        """The teacher's head has the student's buffers for training alone, which it is never given, and then its own.
+
+        A head may keep there what `score` needs, as the neighbours it mined.
+        """
+        names = self.head.training_buffers if self.evaluated is not self.network else ()
+        buffers = {name: self.evaluated.head.get_buffer(name) for name in names}
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        for name, buffer in buffers.items():
+            buffer.copy_(self.head.get_buffer(name))
+        yield
+        for name, buffer in buffers.items():
+            buffer.copy_(own[name])
 
     @property
     def evaluated(self) -> Network:

@@ -118,6 +118,26 @@ def test_targets_come_from_the_teacher_and_see_no_gradient():
     assert (seen[1][2] - seen[0][2]).mean() > 50
 
 
+def test_sub_heads_of_a_teacher_are_scored_with_the_students_training_buffers():
+    class Mining(CrossHeads):
+        training_buffers = ("table",)
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.zeros(2))
+
+        def after_step(self, outputs, batch):
+            self.table.copy_(torch.tensor([3.0, 2.0]))
+
+        def score(self, bank):
+            return self.table + (0 if self is trainer.stepper.teacher.head else 9)
+
+    trainer = make(Mining(), ema=0.9, epochs=1)
+    trainer.fit()
+    assert int(trainer.evaluated.head.best) == int(trainer.head.best) == 1
+    assert torch.equal(trainer.evaluated.head.table, torch.zeros(2)), "they are lent, not given"
+
+
 def test_teacher_is_the_moving_average_of_the_student():
     trainer = make(Plain(), ema=0.9, epochs=1)
     trainer._prepare()

@@ -75,21 +75,19 @@ def sample_rows(num_samples: int, max_samples: int, seed: int) -> np.ndarray:
 
 
 def neighbor_agreement(labels: Any, graph: Any) -> float:
-    """How often neighbours share a cluster, corrected for what cluster sizes alone would give.
+    """How often neighbours share a cluster beyond chance: `ops.agreement.neighbor_agreement`, of arrays.
 
-    labels: (N,) clusters. graph: (N, k) indices of each sample's neighbours, itself not among them.
-    Returns (p - e) / (1 - e), p = share of the N·k edges within a cluster, e = sum of squared cluster shares (the
-    correction of Cohen 1960): 1 = all edges within clusters, 0 = as by chance, and 0 where there is one cluster.
+    labels: (N,) clusters. graph: (N, k) indices of each sample's neighbours, itself not among them. Raises ValueError
+    where they do not fit.
     """
+    import torch
+
+    from deepclust.ops import agreement
+
     labels, graph = as_labels(labels, "labels"), as_array(graph)
     if graph.ndim != 2 or len(graph) != len(labels) or not graph.size:
         raise ValueError(f"graph must have one row of neighbours for each of {len(labels)} labels, it is {graph.shape}")
-    shares = np.bincount(labels) / len(labels)
-    chance = float((shares**2).sum())
-    if shares.max() == 1:
-        return 0.0
-    agreement = float((labels[graph] == labels[:, None]).mean())
-    return (agreement - chance) / (1 - chance)
+    return float(agreement.neighbor_agreement(torch.as_tensor(labels), torch.as_tensor(graph)))
 
 
 def churn(previous: Any, labels: Any) -> float:
