@@ -1,0 +1,128 @@
+"""Which of several clusterings of the same features to believe, where nobody has labels.
+
+Every criterion is larger for the better clustering. How well each chooses on sets that have labels is measured by
+`scripts/compare_clusterers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from deepclust.clusterers import neighbors_of
+from deepclust.eval.label_free import as_array, neighbor_agreement, sample_rows, silhouette
+from deepclust.eval.metrics import as_labels
+
+CRITERIA = ("neighbor_agreement", "silhouette", "consensus", "self_prediction", "mean_rank")
+DEFAULT = "consensus"
+MAX_ROWS = 5000
+"""Rows on which a linear map is fitted; the other criteria see as many as `silhouette` draws, or all."""
+
+
+def criteria(features: Any, clusterings: Mapping[str, Any], *, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Each clustering's criteria by name, all in the unit of a share but for the rank.
+
+    features: (N, D). clusterings: name to labels (N,); at least two for `consensus`, which is else 0.
+
+    neighbor_agreement: how often the 15 nearest neighbours share a cluster, beyond chance. silhouette: mean under
+    cosine distance. consensus: mean normalised mutual information with the other clusterings (Strehl and Ghosh 2002).
+    self_prediction: how well a linear map that has not seen a row tells its cluster, beyond chance.
+    mean_rank: the mean place, 0 for the last to 1 for the first, by the other four.
+    """
+    rows = as_array(features).astype(np.float32)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    labels = {name: as_labels(each, name) for name, each in clusterings.items()}
+    graph, part = neighbors_of(rows), sample_rows(len(rows), MAX_ROWS, seed)
+    predict, others = _left_out(rows[part]), consensus(labels)
+    scores: dict[str, dict[str, float]] = {}
+    for name, each in labels.items():
+        scores[name] = {
+            "neighbor_agreement": neighbor_agreement(each, graph),
+            "silhouette": silhouette(rows, each, seed=seed) or 0.0,
+            "consensus": others[name],
+            "self_prediction": predict(each[part]),
+        }
+    for name, place in _mean_ranks(scores).items():
+        scores[name]["mean_rank"] = place
+    return scores
+
+
+def choose(scores: Mapping[str, Mapping[str, float]], by: str = DEFAULT) -> str:
+    """The name with the largest criterion, the first of equals. Raises ValueError for an unknown criterion."""
+    if by not in CRITERIA or not scores:
+        raise ValueError(f"criterion {by!r} of {len(scores)} clusterings: choose one of {', '.join(CRITERIA)}")
+    return max(scores, key=lambda name: scores[name][by])
+
+
+def consensus(labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean normalised mutual information of each clustering with the others; 0 where there are none."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    names = list(labels)
+    table = np.zeros((len(names), len(names)))
+    for row, first in enumerate(names):
+        for column in range(row):
+            found = normalized_mutual_info_score(labels[first], labels[names[column]])
+            table[row, column] = table[column, row] = found
+    return dict(zip(names, (table.sum(1) / max(1, len(names) - 1)).tolist()))
+
+
+def stability(
+    method: Callable[[np.ndarray, int, int], np.ndarray], features: Any, num_clusters: int, *, seed: int = 0
+) -> float:
+    """Adjusted Rand index, on the rows they share, of clusterings of two random 80 % of the rows.
+
+    method: (features (n, D), num_clusters, seed) to labels (n,). The idea of Ben-Hur, Elisseeff and Guyon (2002). It
+    costs two more clusterings, so it is none of `criteria`.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    rows = as_array(features)
+    found = np.full((2, len(rows)), -1)
+    for part in range(2):
+        drawn = sample_rows(len(rows), max(1, int(0.8 * len(rows))), 2 * seed + part)
+        found[part, drawn] = method(rows[drawn], num_clusters, seed)
+    shared = (found >= 0).all(0)
+    return float(adjusted_rand_score(*found[:, shared]))
+
+
+def _left_out(rows: np.ndarray) -> Callable[[np.ndarray], float]:
+    """A function of labels (n,): Cohen's kappa of them with those that ridge regression predicts for left-out rows.
+
+    The regression of all rows tells each left-out row's prediction: (fitted - leverage y) / (1 - leverage) (Allen's
+    PRESS, 1974), so one decomposition of the rows (n, D) serves all clusterings. The ridge is the mean eigenvalue.
+    """
+    centred = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
+    wide = centred.shape[1] > len(centred)
+    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    values = values.clip(0)
+    shrink = values / (values + max(values.mean(), 1e-300))
+    if wide:
+        basis = vectors
+    else:
+        basis = centred @ vectors / np.sqrt(np.maximum(values, 1e-12 * max(values.max(), 1e-300)))
+    leverage = (basis**2) @ shrink + 1 / len(rows)
+
+    def kappa(labels: np.ndarray) -> float:
+        names, codes = np.unique(labels, return_inverse=True)
+        if len(names) < 2:
+            return 0.0
+        targets = np.eye(len(names))[codes]
+        fitted = basis @ (shrink[:, None] * (basis.T @ targets)) + targets.mean(0)
+        left_out = (fitted - leverage[:, None] * targets) / np.maximum(1 - leverage, 1e-9)[:, None]
+        predicted = left_out.argmax(1)
+        chance = float((targets.mean(0) * np.bincount(predicted, minlength=len(names)) / len(rows)).sum())
+        return (float((predicted == codes).mean()) - chance) / max(1 - chance, 1e-12)
+
+    return kappa
+
+
+def _mean_ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    from scipy.stats import rankdata
+
+    names = list(scores)
+    columns = [[scores[name][criterion] for name in names] for criterion in CRITERIA[:-1]]
+    places = np.mean([rankdata(column) - 1 for column in columns], axis=0) / max(1, len(names) - 1)
+    return dict(zip(names, places.tolist()))
