@@ -52,7 +52,7 @@ def test_neighbours_vote_on_confidence() -> None:
 
 def test_noise_stays_or_joins_the_nearest_cluster() -> None:
     points, y = make_blobs(200, 2, centers=[(0, 0), (9, 0), (0, 9)], cluster_std=0.5, random_state=0)
-    points = np.concatenate([points, [(4.0, 4.2), (20.0, 0.0)]])
+    points = np.concatenate([points, [(-15.0, -15.0), (20.0, 0.0)]])
     labels, confidence = hdbscan(points, None)
     assert (labels[-2:] == -1).all() and confidence is not None and (confidence[-2:] == 0).all()
     given, confidence = hdbscan(points, 3)

@@ -63,12 +63,13 @@ class NeighborPrototypes(Head):
         self.init: list[Start] = [init] if isinstance(init, str) else list(init)
         self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
+        self.start = int(torch.randint(2**31, ()))  # of the clusterings it may begin with; the same on all ranks
         self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors))
         self.register_buffer("shares", torch.full((num_heads, num_clusters), 1 / num_clusters))
 
     def init_prototypes(self, bank: Bank) -> None:
         """Clusters of the bank's features make the first weights, their sizes the shares."""
-        self.layer.init_clusters(bank.features, self.init, group=bank.group)
+        self.layer.init_clusters(bank.features, self.init, seed=self.start, group=bank.group)
         num = self.shares.shape[1]
         for head, logits in enumerate(self.layer(bank.features)):
             if self.init[head % len(self.init)] != "random":
