@@ -202,11 +202,12 @@ def hdbscan(points: np.ndarray, num_clusters: int | None) -> Found:
     from sklearn.cluster import HDBSCAN
     from sklearn.neighbors import KNeighborsClassifier
 
+    kept: dict[str, Any] = {"copy": True}  # of the points, which some versions else overwrite
     if num_clusters is None:
-        found = HDBSCAN(min_cluster_size=max(5, len(points) // 100), copy=True).fit(points)
+        found = HDBSCAN(min_cluster_size=max(5, len(points) // 100), **kept).fit(points)
         return found.labels_, found.probabilities_
     sizes = sorted({int(size) for size in np.geomspace(5, max(5, len(points) / num_clusters), 9)}, reverse=True)
-    tried = [HDBSCAN(min_cluster_size=size, copy=True).fit(points) for size in sizes]
+    tried = [HDBSCAN(min_cluster_size=size, **kept).fit(points) for size in sizes]
     found = min(tried, key=lambda each: abs(int(each.labels_.max()) + 1 - num_clusters))
     labels, known = found.labels_.copy(), found.labels_ >= 0
     if known.any() and not known.all():
