@@ -291,7 +291,7 @@ def features(words: list[str]) -> int:
     add("--size", type=_count, metavar="PX", help="side of the images that are fed; default: the backbone's own")
     add("--store", type=Path, metavar="DIR", help="default: outputs/features-<name of the folder>")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored features")
-    add("--batch-size", type=_count, metavar="B", help="at most 1024; default: 32, and 256 on a GPU")
+    add("--batch-size", type=_count, metavar="B", help="at most 256; default: 32, and 256 on a GPU")
     add("--workers", type=_count, metavar="N", help="threads that decode; default: one a core, at most 8")
     add("--no-hash", action="store_true", help="no SHA-256 of the files: size and time tell what changed")
     add("--train", action="store_true", help="without weights, train a backbone on these images first (SimCLR)")

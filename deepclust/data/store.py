@@ -30,7 +30,7 @@ from deepclust.errors import UserError
 
 FORMAT = 1
 MANIFEST = "store.sqlite"
-BLOCK = 1024
+BLOCK = 256
 """Rows that are hashed and sealed together."""
 HEADER = 128
 """Bytes of a features file before its first row: a .npy header of fixed length, so that files grow in place."""
@@ -136,7 +136,7 @@ class FeatureStore:
         return np.flatnonzero(self.valid & self.computed(name))
 
     def damaged(self, name: str | None = None) -> list[int]:
-        """Sealed blocks whose features are not what was written (SHA-256); block b holds rows from b * 1024 on."""
+        """Sealed blocks whose features are not what was written (SHA-256); block b holds rows from b * 256 on."""
         found = self.backbone(name)
         blocks = self._blocks.get(found.name, {})
         row_bytes = found.dim * np.dtype(found.dtype).itemsize
