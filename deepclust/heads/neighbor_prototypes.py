@@ -50,7 +50,7 @@ class NeighborPrototypes(Head):
         num_neighbors: Count = 10,
         temperature: Positive = 0.1,
         epsilon: Positive = 0.025,
-        num_iters: Count = 3,
+        num_iters: Count = 20,
         balance: Fraction = 0.0,
         init: Start | list[Start] = "spectral",
         view: str = "strong",
