@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +23,14 @@ class Timing:
 
 
 def measure(contestants: Contestants, repeats: int) -> dict[str, Timing]:
-    """Runs all in turn, `repeats` times and once before that does not count."""
+    """Runs all in turn, `repeats` times and once before that does not count.
+
+    Each time in another order: whoever runs finds the caches as the one before has left them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    results = {}
+    results, shuffled = {}, random.Random(0)
     for _ in range(repeats + 1):
-        for name, run in contestants.items():
+        for name, run in shuffled.sample(list(contestants.items()), len(contestants)):
             start = time.process_time()
             results[name] = run()
             seconds[name].append(time.process_time() - start)
