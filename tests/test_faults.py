@@ -152,7 +152,7 @@ def test_a_signal_inside_a_long_section_ends_it_at_once(whole, tmp_path, monkeyp
 def test_every_head_goes_on_bit_for_bit_with_and_without_workers(tmp_path, monkeypatch, head, workers):
     words_ = [
         f"head={head}",
-        "trainer.epochs=2",
+        "trainer.num_images=120",
         "trainer.views=workers",
         "trainer.ema=0.9",
         f"trainer.num_workers={workers}",

@@ -25,6 +25,8 @@ SCORES_CPU = 30_000_000  # bytes of scores at a time: what malloc gives again wi
 SCORES_GPU = 268_435_456  # the same on a GPU: enough rows to fill it
 BLOCK = 16  # columns per block maximum
 FILTER_DIM = 48  # below that a product is too short for bfloat16 to repay looking twice
+TILE = 2048  # rows and columns of a tile of all pairs
+PAIRS_DIM = 1024  # from here on all pairs are faster with each product made once
 MIN_APPROXIMATE = 4096  # rows: below that looking at all is as fast
 CELLS_SEEN = 16  # one in so many cells is looked into
 MAX_LOST = 0.2  # share of queries that the filter may hand back before it counts as useless here
@@ -47,6 +49,29 @@ def search_exact(
             distance = -torch.linalg.vector_norm(chunk[:, None] - piece[column], dim=2)
             best = torch.where(best == -torch.inf, best, distance)
         yield rows, best, column
+
+
+def search_pairs(bank: Tensor, k: int, exclude_self: bool) -> Found:
+    """Every row of the bank against all of them, by dot products of which each is made once.
+
+    Unlike the other searches it yields the best of a part of the columns, and every row as often as there are parts.
+    """
+    blocks = torch.arange(len(bank), device=bank.device).split(TILE)
+    for number, rows in enumerate(blocks):
+        for others in blocks[number:]:
+            scores = _product(bank[rows], bank[others])
+            if exclude_self and rows is others:
+                scores.fill_diagonal_(-torch.inf)
+            best, column = _top(scores, min(k, len(others)))
+            yield rows, best, others[column]
+            if rows is not others:
+                best, column = _top(scores.T.contiguous(), min(k, len(rows)))
+                yield others, best, rows[column]
+
+
+def pairs_pay(bank: Tensor, metric: Metric) -> bool:
+    """Whether `search_pairs` is faster on a bank (N, D): half of the product is saved, none of the choosing."""
+    return metric != "euclidean" and bank.shape[1] >= PAIRS_DIM and len(bank) > TILE
 
 
 def _rows_at_a_time(piece: Tensor) -> int:

@@ -212,3 +212,21 @@ def test_approximate_search_finds_nearly_all(metric: Any) -> None:
     torch.testing.assert_close(values[found], exact_values[found], atol=2e-3, rtol=1e-4)
     with pytest.raises(ValueError, match="approximate=True is for backend 'faiss'"):
         knn(x, x, k=1, approximate=True)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_all_pairs_of_long_rows_are_multiplied_once(monkeypatch, metric, exclude_self) -> None:
+    monkeypatch.setattr(search, "TILE", 32)
+    rows = points(101, 1024)
+    rows[70] = rows[3]  # a copy of a row is its neighbour, the row itself is not
+    seen: list[int] = []
+    product = search._product
+
+    def counted(chunk: torch.Tensor, piece: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(len(chunk) * len(piece))
+        return product(chunk, piece, bias)
+
+    monkeypatch.setattr(search, "_product", counted)
+    check(rows, rows, 7, metric, exclude_self, 1e-3 if metric == "dot" else 1e-5)
+    assert 101 * 101 / 2 < sum(seen) < 0.7 * 101 * 101
