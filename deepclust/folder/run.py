@@ -1,0 +1,81 @@
+"""The folder that `deepclust cluster` leaves: what was asked, what was found, and the files for people and tools.
+
+```
+<run>/
+  run.json            what was asked and found: see `FolderRun.facts`
+  history/            states of the clusters, see `state.py`
+  model.safetensors   the clusters as a model of features
+  clusters.csv  clusters.parquet  left_out.csv  report.html
+  sorted/             one folder per cluster, where it was asked for
+```
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepclust.data.store import FeatureStore
+from deepclust.errors import UserError
+from deepclust.folder.state import History, State
+from deepclust.run_folder import write_atomic
+
+FORMAT = 1
+FACTS = "run.json"
+
+
+class FolderRun:
+    """A run that is there.
+
+    facts, plain JSON: `format`; `root`, the folder of images, and `store`, that of their features, absolute;
+    `backbone`, its name in the store; `asked` {"num_clusters": K or "auto", "noise": bool, "sort": "copy", "symlink" or
+    null, "seed": int}; `clusterer`, the method that was chosen; `choice` {method: {"seconds", criterion: value}};
+    `criterion`, the one that chose; `number`, how K was found, or null; `seconds` {part: seconds}.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
+        self.history = History(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FolderRun:
+        """Raises UserError where there is no such run."""
+        folder = Path(path).expanduser()
+        try:
+            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is no folder that deepclust cluster left: it holds no {FACTS}; deepclust cluster IMAGES makes one"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / FACTS} cannot be read ({error}); deepclust cluster IMAGES makes it anew") from error
+        if not isinstance(facts, dict) or facts.get("format", 0) > FORMAT:
+            raise UserError(f"{folder} was written by a newer deepclust; update deepclust")
+        return cls(folder, facts)
+
+    def save(self) -> None:
+        """Writes the facts."""
+        write_atomic(self.path / FACTS, json.dumps({"format": FORMAT, **self.facts}, indent=1) + "\n")
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        """The features that the clusters were made from. Raises UserError where they are gone."""
+        return FeatureStore.open(self.facts["store"])
+
+    @property
+    def root(self) -> Path:
+        """The folder of images."""
+        return Path(self.facts["root"])
+
+    def features(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) float32 rows of length one of some of the store's images."""
+        found = np.asarray(self.store.features(self.facts["backbone"])[rows], dtype=np.float32)
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+    def state(self) -> State:
+        """Clusters as they are now."""
+        return self.history.current()
