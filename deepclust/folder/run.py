@@ -52,7 +52,9 @@ class FolderRun:
                 f"{path} is no folder that deepclust cluster left: it holds no {FACTS}; deepclust cluster IMAGES makes one"
             ) from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder / FACTS} cannot be read ({error}); deepclust cluster IMAGES makes it anew") from error
+            raise UserError(
+                f"{folder / FACTS} cannot be read ({error}); deepclust cluster IMAGES makes it anew"
+            ) from error
         if not isinstance(facts, dict) or facts.get("format", 0) > FORMAT:
             raise UserError(f"{folder} was written by a newer deepclust; update deepclust")
         return cls(folder, facts)

@@ -131,6 +131,4 @@ def relabelled(state: State, cluster: np.ndarray, *, names: dict[int, str] | Non
     next_id = max([state.next_id, *(int(each) + 1 for each in np.unique(cluster))])
     there: Sequence[int] = np.unique(cluster[~state.excluded]).tolist()
     kept = {key: name for key, name in (state.names if names is None else names).items() if key in there}
-    return State(
-        state.rows, cluster, state.confidence, state.position, state.copy_of, state.excluded, kept, next_id
-    )
+    return State(state.rows, cluster, state.confidence, state.position, state.copy_of, state.excluded, kept, next_id)
