@@ -49,7 +49,7 @@ class FolderRun:
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"{path} is no folder that deepclust cluster left: it holds no {FACTS}; deepclust cluster IMAGES makes one"
+                f"{path} is no folder that deepclust cluster left: deepclust cluster IMAGES makes one"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(

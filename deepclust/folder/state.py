@@ -3,7 +3,7 @@
 ```
 <run>/history/0000-cluster.npz  0001-merge.npz  0002-append.npz ...
 ```
-Each file is a whole state; the last one counts, and taking an edit back removes it. Importing this file imports no torch.
+Each file is a whole state; the last one counts, and taking an edit back removes it. This file imports no torch.
 """
 
 from __future__ import annotations
