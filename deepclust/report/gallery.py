@@ -24,7 +24,9 @@ TILE = 56
 class Gallery(NamedTuple):
     """One cluster's images: uint8 (C, H, W) with a caption each, the first `num_typical` typical, the others uncertain.
 
-    size: images in the cluster. confidence: their mean confidence in [0, 1], None where it is not known.
+    size: images in the cluster. confidence: their mean confidence in [0, 1], None where it is not known. parts: (title,
+    how many images) in order, in place of typical and uncertain. title: its name for people, `Cluster 3` by default.
+    note: a fact more. colour: of the dot before the title, as CSS has it.
     """
 
     cluster: int
@@ -33,6 +35,10 @@ class Gallery(NamedTuple):
     images: Sequence[np.ndarray]
     captions: Sequence[str]
     num_typical: int | None = None
+    parts: Sequence[tuple[str, int]] = ()
+    title: str = ""
+    note: str = ""
+    colour: str = ""
 
 
 def choose(confidence: np.ndarray, count: int) -> tuple[np.ndarray, int]:
@@ -93,30 +99,51 @@ def _section(gallery: Gallery, side: int, lossless: bool) -> str:
     facts = f"{gallery.size:,} image{'' if gallery.size == 1 else 's'}"
     if gallery.confidence is not None and np.isfinite(gallery.confidence):
         facts += f" · mean confidence {100 * gallery.confidence:.1f} %"
-    head = f'<h3>Cluster {gallery.cluster} <span class="facts">{facts}</span></h3>'
+    facts += f" · {gallery.note}" if gallery.note else ""
+    dot = f'<i class="dot" style="background:{gallery.colour}"></i>' if gallery.colour else ""
+    title = gallery.title or f"Cluster {gallery.cluster}"
+    head = f'<h3>{dot}{escape(title)} <span class="facts">{escape(facts)}</span></h3>'
+    name = f"cluster-{gallery.cluster}"
     if not gallery.images:
-        return f'<section class="cluster" id="cluster-{gallery.cluster}">{head}</section>'
-    width, height = _tile_size(gallery.images[0], side)
+        return f'<section class="cluster" id="{name}">{head}</section>'
+    cut = len(gallery.images) if gallery.num_typical is None else gallery.num_typical
+    parts = gallery.parts or (("Most typical", cut), ("Least certain", len(gallery.images) - cut))
+    tiles, style, pixelated = _cut(gallery.images, gallery.captions, side, lossless, title)
+    body, start = "", 0
+    for part, count in parts:
+        body += _tiles(part, tiles[start : start + count])
+        start += count
+    return f'<section class="cluster{pixelated}" id="{name}" style="{style}">{head}{body}</section>'
+
+
+def strip_html(images: Sequence[np.ndarray], captions: Sequence[str], title: str, side: int = SIDES[1]) -> str:
+    """A line of tiles by itself. images: uint8 (C, H, W), a caption each. title: what they are, to be read aloud."""
+    tiles, style, pixelated = _cut(images, captions, side, False, title)
+    return f'<ul class="tiles{pixelated}" style="{style}">{"".join(tiles)}</ul>'
+
+
+def _cut(
+    images: Sequence[np.ndarray], captions: Sequence[str], side: int, lossless: bool, title: str
+) -> tuple[list[str], str, str]:
+    """Tiles, the properties of what holds them (the picture they are cut from), and whether they are enlarged."""
+    width, height = _tile_size(images[0], side)
     factor = max(1, round(TILE / max(width, height)))
     style = (
-        f"--sprite:url({sprite(gallery.images, (width, height), lossless)});--w:{width * factor}px;"
-        f"--h:{height * factor}px;--strip:{width * factor * len(gallery.images)}px"
+        f"--sprite:url({sprite(images, (width, height), lossless)});--w:{width * factor}px;"
+        f"--h:{height * factor}px;--strip:{width * factor * len(images)}px"
     )
-    cut = len(gallery.images) if gallery.num_typical is None else gallery.num_typical
-    tiles = [_tile(i, width * factor, caption, gallery.cluster) for i, caption in enumerate(gallery.captions)]
-    body = _tiles("Most typical", tiles[:cut]) + _tiles("Least certain", tiles[cut:])
-    pixelated = " pixelated" if factor > 1 else ""
-    return f'<section class="cluster{pixelated}" id="cluster-{gallery.cluster}" style="{style}">{head}{body}</section>'
+    tiles = [_tile(i, width * factor, caption, title) for i, caption in enumerate(captions)]
+    return tiles, style, " pixelated" if factor > 1 else ""
 
 
 def _tiles(title: str, tiles: list[str]) -> str:
     return f'<h4>{title}</h4><ul class="tiles">{"".join(tiles)}</ul>' if tiles else ""
 
 
-def _tile(position: int, width: int, caption: str, cluster: int) -> str:
+def _tile(position: int, width: int, caption: str, title: str) -> str:
     text = escape(caption, quote=True)
     return (
-        f'<li role="img" aria-label="Image in cluster {cluster}: {text}" title="{text}" '
+        f'<li role="img" aria-label="Image in {escape(title, quote=True)}: {text}" title="{text}" '
         f'style="background-position:-{position * width}px 0"></li>'
     )
 

@@ -45,6 +45,15 @@ MAIN = ("acc", "nmi", "ari", "neighbor_agreement", "mean_confidence", "clusters_
 SKIPPED_SHOWN = 200
 
 
+class Section(NamedTuple):
+    """A section of the page. body: HTML. kind: a class of the style sheet. style: CSS of its own."""
+
+    title: str
+    body: str
+    kind: str = ""
+    style: str = ""
+
+
 def write_report(
     path: str | Path,
     *,
@@ -55,6 +64,11 @@ def write_report(
     notes: Sequence[str] = (),
     skipped: Sequence[str] = (),
     commands: Sequence[tuple[str, str]] = (),
+    lead: Sequence[str] = (),
+    cards: Mapping[str, str] | None = None,
+    bars: Sequence[tuple[Any, ...]] | None = None,
+    above: Sequence[Section] = (),
+    below: Sequence[Section] = (),
 ) -> None:
     """Writes the page to `path`, whole or not at all.
 
@@ -63,39 +77,47 @@ def write_report(
     by (`reads`) and hold the figures of held-out images (`test`); a baseline may be None or say why it `failed`, and on
     how many `samples` it was fitted. galleries: `Gallery`, or tuples of its first five fields. curves: name to (steps,
     values). notes: what a reader has to know. skipped: a line for each image left out. commands: (what it does, the
-    command); by default how to load the model.
-    Every text is escaped. Raises FolderError where the page cannot be written.
+    command); by default how to load the model. lead: what stands below the headline. cards: further figures of the
+    headline, as text. bars: of the sizes, by default one for each gallery. above, below: further sections, ahead of the
+    clusters' sizes and behind their galleries.
+    Every text is escaped, bodies of sections are not. Raises FolderError where the page cannot be written.
     """
     path = Path(path)
     shown = [Gallery(*gallery) for gallery in galleries]
+    bars = [(g.cluster, g.size) for g in shown] if bars is None else bars
     sections = [
-        _section("Results", _results(summary)),
-        _section("Notes", _list(notes)),
-        _section("Confidences", reliability_section(_kept(summary).get("calibration"))),
-        _section("Cluster sizes", size_bars([(g.cluster, g.size) for g in shown]) if shown else ""),
-        _section("Clusters", galleries_html(shown) if shown else ""),
-        _section("Training", "".join(curve(name, *values) for name, values in (curves or {}).items()), "curves"),
-        _section("Images left out", _skipped(skipped)),
-        _section("Use the model", _commands(commands or _default_commands(path.parent))),
+        Section("Results", _results(summary)),
+        Section("Notes", _list(notes)),
+        Section("Confidences", reliability_section(_kept(summary).get("calibration"))),
+        *above,
+        Section("Cluster sizes", size_bars(bars) if bars else ""),
+        Section("Clusters", galleries_html(shown) if shown else ""),
+        *below,
+        Section("Training", "".join(curve(name, *values) for name, values in (curves or {}).items()), "curves"),
+        Section("Images left out", _skipped(skipped)),
+        Section("Use the model", _commands(commands or _default_commands(path.parent))),
     ]
+    words = "".join(f"<p>{escape(text)}</p>" for text in lead)
     style = files("deepclust.report").joinpath("style.css").read_text(encoding="utf-8")
+    style += "".join(section.style for section in sections if section.body)
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header><h1>{escape(title)}</h1>{_headline(summary)}</header>\n"
-        f"<main>\n{''.join(sections)}</main>\n<footer>Made by deepclust.</footer>\n</body>\n</html>\n"
+        f"<header><h1>{escape(title)}</h1>{_headline(summary, cards or {})}{words}</header>\n"
+        f"<main>\n{''.join(map(_section, sections))}</main>\n<footer>Made by deepclust.</footer>\n</body>\n</html>\n"
     )
     write_atomic(path, page)
 
 
-def _section(title: str, body: str, kind: str = "") -> str:
+def _section(section: Section) -> str:
     """A titled section; nothing where there is nothing to show."""
-    if not body:
+    if not section.body:
         return ""
-    name = title.lower().replace(" ", "-")
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2><div class="{kind}">{body}</div></section>\n'
+    name = section.title.lower().replace(" ", "-")
+    head = f'<section aria-labelledby="{name}"><h2 id="{name}">{section.title}</h2>'
+    return f'{head}<div class="{section.kind}">{section.body}</div></section>\n'
 
 
 def _kept(summary: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -103,7 +125,7 @@ def _kept(summary: Mapping[str, Any]) -> Mapping[str, Any]:
     return (summary.get("stages") or {}).get(summary.get("kept_stage"), {})
 
 
-def _headline(summary: Mapping[str, Any]) -> str:
+def _headline(summary: Mapping[str, Any], further: Mapping[str, str]) -> str:
     """The figures to see first: those of the stage that was kept, then what the run took."""
     kept = _kept(summary)
     figures = [("Images", summary.get("num_images")), ("Clusters", summary.get("num_clusters"))]
@@ -111,6 +133,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     shown = ("acc", "macro_acc", "nmi", "ari") if _long_tailed(summary) else ("acc", "nmi", "ari")
     cards += [(SHARES[key], _figure(key, kept.get(key))) for key in shown]
     cards += [(SHARES[key], _figure(key, kept.get(key))) for key in ("neighbor_agreement", "mean_confidence")]
+    cards += [(escape(label), escape(text)) for label, text in further.items()]
     cards += [("Time", _figure("seconds", summary.get("seconds")))]
     cards += [("Memory", _figure("peak_memory_mb", summary.get("peak_memory_mb")))]
     items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in cards if value)
@@ -199,17 +222,23 @@ def _table(columns: Sequence[str], body: str) -> str:
     return f'<table role="table" class="scores">{head}{body}</table>'
 
 
-def _group(title: str, rows: Sequence[Row], columns: Sequence[str]) -> str:
+def scores_table(rows: Sequence[Row], columns: Sequence[str], mark: str = "kept") -> str:
+    """Methods against figures by name. mark: what the row that was kept is called."""
+    return _table(columns, _group("", rows, columns, mark))
+
+
+def _group(title: str, rows: Sequence[Row], columns: Sequence[str], mark: str = "kept") -> str:
     if not rows:
         return ""
     head = f'<tr role="row" class="group"><th colspan="99" scope="rowgroup" role="rowheader">{title}</th></tr>'
-    return f'<tbody role="rowgroup">{head}{"".join(_row(row, columns) for row in rows)}</tbody>'
+    body = "".join(_row(row, columns, mark) for row in rows)
+    return f'<tbody role="rowgroup">{head if title else ""}{body}</tbody>'
 
 
-def _row(row: Row, columns: Sequence[str]) -> str:
+def _row(row: Row, columns: Sequence[str], mark: str) -> str:
     """One method. A method without figures says why across the row."""
     note = f' <span class="facts">{escape(row.note)}</span>' if row.note else ""
-    note += ' <span class="kept">kept</span>' if row.kept else ""
+    note += f' <span class="kept">{mark}</span>' if row.kept else ""
     if row.failed:
         cells = f'<td role="cell" class="failed" colspan="{len(columns)}">{escape(row.failed)}</td>'
     else:
