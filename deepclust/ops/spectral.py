@@ -45,6 +45,16 @@ def spectral_embedding(features: Tensor, num_components: int, *, num_neighbors: 
 
     features: (N, D) unit rows. W is the mean of the graph (self-loops included) and its transpose. m is cut to N - 2.
     """
+    _, vectors = spectral_components(features, num_components, num_neighbors=num_neighbors)
+    return F.normalize(vectors, dim=1).float().to(features.device)
+
+
+def spectral_components(features: Tensor, num_components: int, *, num_neighbors: int = 20) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (m,), largest first, and eigenvectors (N, m), in columns of length one; float64 on the processor.
+
+    They are those of `spectral_embedding`. The first columns are those of any smaller number of components: one
+    decomposition serves all numbers of clusters.
+    """
     import scipy.sparse as sparse
     from scipy.sparse.linalg import eigsh
 
@@ -57,5 +67,5 @@ def spectral_embedding(features: Tensor, num_components: int, *, num_neighbors: 
     graph = 0.5 * (graph + graph.T)
     scale = sparse.diags(np.asarray(graph.sum(axis=1)).ravel() ** -0.5)
     values, vectors = eigsh(scale @ graph @ scale, k=max(1, min(num_components, num - 2)), which="LA", v0=np.ones(num))
-    vectors = torch.from_numpy(np.ascontiguousarray(vectors[:, np.argsort(-values)]))
-    return F.normalize(vectors, dim=1).float().to(features.device)
+    order = np.argsort(-values)
+    return torch.from_numpy(values[order]), torch.from_numpy(np.ascontiguousarray(vectors[:, order]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from sklearn.cluster import SpectralClustering
 from sklearn.datasets import load_digits, make_moons
 from sklearn.metrics import adjusted_rand_score
 
-from deepclust.ops.spectral import spectral_clusters, spectral_embedding
+from deepclust.ops.spectral import spectral_clusters, spectral_components, spectral_embedding
 from tests.ranks import run_ranks
 
 
@@ -36,6 +37,16 @@ def test_the_embedding_is_made_of_eigenvectors():
     torch.testing.assert_close(found.norm(dim=1), torch.ones(60))
     again = spectral_embedding(x, 4, num_neighbors=6)
     assert torch.equal(found, again)
+
+
+def test_fewer_components_are_the_first_of_more():
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(60, 5), dim=1)
+    values, vectors = spectral_components(x, 8, num_neighbors=6)
+    fewer, first = spectral_components(x, 4, num_neighbors=6)
+    assert values[0] == pytest.approx(1) and (values.diff() <= 0).all()
+    torch.testing.assert_close(values[:4], fewer)
+    torch.testing.assert_close((vectors[:, :4] * first).sum(0).abs(), torch.ones(4, dtype=torch.float64))
 
 
 def _part(rank: int, size: int, x: torch.Tensor) -> torch.Tensor:
