@@ -150,6 +150,11 @@ class FeatureStore:
         except OSError:
             return sorted(blocks)
 
+    def digest(self, name: str | None = None) -> str:
+        """SHA-256 of a backbone's seals: another one where a feature is."""
+        seals = sorted(self._blocks.get(self.backbone(name).name, {}).items())
+        return hashlib.sha256(json.dumps(seals).encode()).hexdigest()
+
     def file(self, name: str) -> Path:
         """Where the features of a backbone are, by its name in the store."""
         return self.path / f"{name}.npy"

@@ -1,0 +1,204 @@
+"""What is made of a store's features once, whatever number of clusters is asked for: kept beside them on disk.
+
+Everything is over the store's usable images, n of them, in the order of their rows. `<store>/derived/` holds it, each
+part with a key of what it was made from; what no longer fits is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepclust.data.store import FeatureStore
+from deepclust.eval.label_free import sample_rows
+from deepclust.ops import knn
+from deepclust.run_folder import write_atomic
+
+NUM_COMPONENTS = 128
+"""Leading directions of the features that are compared: on photos as good as all 1,280, in a tenth of the time."""
+NUM_NEIGHBORS = 15
+NUM_LANDMARKS = 4000
+"""Images that are clustered; all others follow the nearest of them."""
+CHUNK = 8192
+
+Arrays = dict[str, np.ndarray]
+
+
+class Derived:
+    """Parts are made when first asked for. rows: (n,) int64 of the store. told: called with what is being made."""
+
+    def __init__(self, store: FeatureStore, backbone: str, told: Callable[[str], None] = lambda what: None) -> None:
+        self.store, self.backbone, self.told = store, backbone, told
+        self.rows = store.rows(backbone)
+        digest = hashlib.sha256(f"{backbone} {store.digest(backbone)}".encode() + self.rows.tobytes())
+        self.key = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def _projected(self) -> Arrays:
+        return self._kept("projected", self._project, "leading directions of the features")
+
+    @property
+    def basis(self) -> Tensor:
+        """(D, P) float32: orthonormal leading directions of the features, most of their squared length first."""
+        return torch.from_numpy(self._projected["basis"])
+
+    @property
+    def x(self) -> Tensor:
+        """(n, P) float32 rows of length one: features in these directions."""
+        return torch.from_numpy(self._projected["x"])
+
+    @cached_property
+    def neighbors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines (n, k) float32, descending, and places (n, k) int64 of each image's nearest others, k <= 15."""
+        found = self._kept("neighbors", self._neighbors, "nearest neighbours")
+        return found["values"], found["places"]
+
+    @cached_property
+    def copy_of(self) -> np.ndarray:
+        """(n,) int64: place of the image that this one is a near-duplicate of, -1 for none."""
+        return self._kept("duplicates", self._duplicates, "near-duplicates")["copy_of"]
+
+    @cached_property
+    def landmarks(self) -> np.ndarray:
+        """(m,) int64 ascending places of the images that are clustered: one of a group of duplicates, 4,000 at most."""
+        single = np.flatnonzero(self.copy_of < 0)
+        return single[np.sort(sample_rows(len(single), NUM_LANDMARKS, 0))]
+
+    @cached_property
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Cosines and positions in `landmarks`, (n, k) each, of each image's nearest landmarks (itself if it is)."""
+        found = self._kept("nearest", self._nearest, "")
+        return torch.from_numpy(found["values"]), torch.from_numpy(found["places"])
+
+    @cached_property
+    def map(self) -> np.ndarray:
+        """(n, 2) float32 positions on a t-SNE map (van der Maaten and Hinton 2008) of the landmarks."""
+        return self._kept("map", self._map, "a map")["positions"]
+
+    def _kept(self, name: str, make: Callable[[], Arrays], words: str) -> Arrays:
+        """A part from disk, or made now and kept."""
+        path = self.store.path / "derived" / f"{name}-{self.backbone}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                if str(content["key"]) == self.key:
+                    return {part: content[part] for part in content.files if part != "key"}
+        except (OSError, KeyError, ValueError):
+            pass
+        self.told(words)
+        made = make()
+        path.parent.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        columns: dict[str, Any] = {"key": np.array(self.key), **made}
+        np.savez(buffer, **columns)
+        write_atomic(path, buffer.getvalue())
+        return made
+
+    def _project(self) -> Arrays:
+        features = self.store.features(self.backbone)
+        basis = leading_directions(features, self.rows, NUM_COMPONENTS)
+        parts = [project(_unit(features, part), basis) for part in _chunks(self.rows)]
+        return {"basis": basis.numpy(), "x": torch.cat(parts).numpy()}
+
+    def _neighbors(self) -> Arrays:
+        k = min(NUM_NEIGHBORS, len(self) - 1)
+        values, places = knn(self.x, self.x, k=k, exclude_self=True)
+        return {"values": values.numpy(), "places": places.numpy()}
+
+    def _duplicates(self) -> Arrays:
+        first: dict[bytes, int] = {}
+        hashes = [self.store.hashes[row] for row in self.rows]
+        original = [place if each is None else first.setdefault(each, place) for place, each in enumerate(hashes)]
+        return {"copy_of": np.array([-1 if at == place else at for place, at in enumerate(original)])}
+
+    def _nearest(self) -> Arrays:
+        bank = self.x[torch.from_numpy(self.landmarks)]
+        values, places = knn(self.x, bank, k=min(NUM_NEIGHBORS, len(bank)))
+        return {"values": values.numpy(), "places": places.numpy()}
+
+    def _map(self) -> Arrays:
+        placed = embed(self.x[torch.from_numpy(self.landmarks)].numpy())
+        values, places = self.nearest
+        return {"positions": place(values.numpy(), places.numpy(), placed)}
+
+
+def neighbors_among(derived: Derived, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and places among `rows` (m,), (m, k) each, of the nearest of their kind; rows: ascending, of the store.
+
+    All usable rows have them at hand; of fewer, as after an exclusion, they are searched anew.
+    """
+    if np.array_equal(rows, derived.rows):
+        return derived.neighbors
+    x = derived.x[torch.from_numpy(np.searchsorted(derived.rows, rows))]
+    values, places = knn(x, x, k=min(NUM_NEIGHBORS, len(x) - 1), exclude_self=True)
+    return values.numpy(), places.numpy()
+
+
+def _unit(features: np.ndarray, rows: np.ndarray) -> Tensor:
+    return F.normalize(torch.from_numpy(np.asarray(features[rows], dtype=np.float32)), dim=1)
+
+
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+
+
+def leading_directions(features: np.ndarray, rows: np.ndarray, num: int) -> Tensor:
+    """(D, P) eigenvectors of the mean of x x^T over unit rows, P = min(num, D): principal components, not centred."""
+    dim = features.shape[1]
+    if dim <= num:
+        return torch.eye(dim)
+    total = torch.zeros(dim, dim, dtype=torch.float64)
+    for part in _chunks(rows):
+        x = _unit(features, part)
+        total += (x.T @ x).double()
+    return torch.linalg.eigh(total).eigenvectors[:, -num:].flip(1).float().contiguous()
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    """Unit rows (b, D) in some directions (D, P), of length one again."""
+    return F.normalize(x @ basis, dim=1)
+
+
+def embed(x: np.ndarray) -> np.ndarray:
+    """(m, 2) float32 t-SNE positions, centred, the farthest at distance 1; a line where there are too few for it."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    from deepclust.clusterers import calm
+
+    if len(x) < 5 or (x == x[0]).all():
+        return np.linspace([-1, 0], [1, 0], len(x), dtype=np.float32)
+    with calm():
+        reduced = PCA(min(30, *x.shape), svd_solver="full").fit_transform(x.astype(np.float64))
+        perplexity = min(30.0, (len(x) - 1) / 3)
+        found = TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(reduced)
+    found = found - found.mean(0)
+    return (found / max(float(np.linalg.norm(found, axis=1).max()), 1e-12)).astype(np.float32)
+
+
+def place(values: np.ndarray, places: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """(n, 2) positions of images among placed ones: near the nearest of them, drawn to the next two, with a jitter.
+
+    values, places: (n, k) cosines and places of their nearest, descending. What lies on a placed one (cosine 1) alone
+    is that one itself, or a copy: the first keeps the position.
+    """
+    near = np.exp((values[:, :3] - values[:, :1]) / 0.02)
+    found = (positions[places[:, :3]] * (near / near.sum(1, keepdims=True))[:, :, None]).sum(1)
+    own = values[:, 0] > 1 - 1e-5
+    found[own] = positions[places[own, 0]]
+    random = np.random.default_rng(0)
+    angle, radius = random.uniform(0, 2 * np.pi, len(found)), 0.008 * np.sqrt(random.uniform(0, 1, len(found)))
+    first = np.zeros(len(found), dtype=bool)
+    first[np.unique(np.where(own, places[:, 0], -1), return_index=True)[1]] = True
+    offset = np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]
+    return (found + np.where((own & first)[:, None], 0, offset)).astype(np.float32)

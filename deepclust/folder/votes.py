@@ -1,0 +1,119 @@
+"""Clusters of landmarks as a model: it gives all other images, and new ones, their clusters and confidences."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepclust.errors import UserError
+from deepclust.eval.label_free import sample_rows
+from deepclust.eval.second_opinion import agreement, opinions
+from deepclust.folder.derived import NUM_NEIGHBORS, project
+from deepclust.folder.run import FolderRun
+from deepclust.folder.state import State
+from deepclust.heads.votes import Votes
+from deepclust.model import Clusterer, Network
+from deepclust.ops import knn
+from deepclust.run_folder import write_atomic
+
+FILE = "landmarks.npz"
+MAX_ASKED = 2500
+FEW = 10
+"""Anchors of a cluster that holds no landmark."""
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """What a run keeps of the images that were clustered.
+
+    rows: (m,) int64 of the store. x: (m, P) float16 of length one. trust: (m,) float32. basis: (D, P) float32.
+    """
+
+    rows: np.ndarray
+    x: np.ndarray
+    trust: np.ndarray
+    basis: np.ndarray
+
+    def save(self, run: Path) -> None:
+        """Writes the run's file."""
+        buffer = io.BytesIO()
+        np.savez(buffer, rows=self.rows, x=self.x, trust=self.trust, basis=self.basis)
+        write_atomic(run / FILE, buffer.getvalue())
+
+    @classmethod
+    def load(cls, run: Path) -> Landmarks:
+        """Reads it. Raises UserError where it cannot."""
+        try:
+            with np.load(run / FILE, allow_pickle=False) as content:
+                return cls(*(content[name] for name in ("rows", "x", "trust", "basis")))
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{run / FILE} cannot be read ({error}); deepclust cluster makes it anew") from error
+
+
+def trust_in(x: Tensor, labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(m,) float32: how far each landmark's cluster can be relied on, without labels.
+
+    x: (m, P) unit rows. labels: (m,) clusters. Half of it is the share of independent clusterings
+    (`eval.second_opinion`) that agree on the image and its neighbours, half the mean of that over all images: opinions
+    that share errors agree on them, so what they say of a single image is believed by half. At most 2,500 landmarks are
+    asked about, the others go by their nearest.
+    """
+    num_clusters = len(np.unique(labels))
+    rows = np.sort(sample_rows(len(x), MAX_ASKED, seed))
+    if num_clusters < 2 or len(rows) <= num_clusters:
+        return np.ones(len(x), dtype=np.float32)
+    asked = x[torch.from_numpy(rows)]
+    agreed = agreement(labels[rows], opinions(asked.numpy(), num_clusters, seed=seed))
+    if len(rows) < len(x):
+        _, places = knn(x, asked, k=min(3, len(rows)))
+        agreed = agreed[places.numpy()].mean(1)
+    return ((agreed + agreed.mean()) / 2).astype(np.float32)
+
+
+def save_model(run: FolderRun, state: State) -> None:
+    """Writes model.safetensors: the clusters of a state as a model of features."""
+    clusterer_of(run, state).save(run.path / "model.safetensors")
+
+
+def clusterer_of(run: FolderRun, state: State) -> Clusterer:
+    """Features (N, D) in, clusters out; probabilities have a column for every id that was ever given.
+
+    Landmarks carry the clusters that their images have now. A cluster without any gets some of its images as such;
+    noise and what was excluded has no vote.
+    """
+    landmarks = Landmarks.load(run.path)
+    where = np.searchsorted(state.rows, landmarks.rows).clip(0, len(state.rows) - 1)
+    there = state.rows[where] == landmarks.rows
+    cluster = np.where(there & ~state.excluded[where], state.cluster[where], -1)
+    kept = np.flatnonzero(cluster >= 0)
+    x, clusters, trust = landmarks.x[kept], cluster[kept], landmarks.trust[kept]
+    basis = torch.from_numpy(landmarks.basis)
+    for missing in sorted(set(state.ids) - set(clusters.tolist())):
+        members = np.flatnonzero((state.cluster == missing) & ~state.excluded)
+        chosen = members[np.argsort(-state.confidence[members], kind="stable")[:FEW]]
+        more = project(torch.from_numpy(run.features(state.rows[chosen])), basis).numpy().astype(np.float16)
+        x, clusters = np.concatenate([x, more]), np.concatenate([clusters, np.full(len(chosen), missing)])
+        trust = np.concatenate([trust, state.confidence[chosen]])
+    if not len(x):
+        raise UserError(f"{run.path}: no image is in a cluster any more; deepclust edit {run.path} undo takes it back")
+    head = {
+        "_target_": "deepclust.heads.votes.Votes",
+        "num_anchors": len(x),
+        "num_components": basis.shape[1],
+        "num_neighbors": NUM_NEIGHBORS,
+    }
+    dim, num = len(basis), max(state.next_id, 1)
+    spec = {"backbone": {"_target_": "deepclust.backbones.identity"}, "head": head, "channels": dim, "size": 1}
+    spec |= {"num_clusters": num, "clean": [], "view_size": [1, 1], "image_size": [1, 1], "mean": [0.0], "std": [1.0]}
+    votes = Votes(dim, num, num_anchors=len(x), num_components=basis.shape[1], num_neighbors=NUM_NEIGHBORS)
+    for name, values in (("basis", basis), ("anchors", x), ("owners", clusters), ("trust", trust)):
+        buffer = getattr(votes, name)
+        buffer.copy_(torch.as_tensor(values).to(buffer.dtype))
+    from deepclust.backbones import identity
+
+    return Clusterer(Network(identity(dim, 1), votes), spec)

@@ -1,0 +1,84 @@
+"""A clustering of some images as a head: the others get their clusters from the nearest of them.
+
+Nearest-neighbour classification (Cover and Hart 1967) with weights of Dudani (1976): the nearest of k anchors counts
+1, the k-th nothing. It carries any clustering, of whatever shape, to new images, and it is no head that trains.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepclust.heads.base import Head, Output
+from deepclust.ops import knn
+from deepclust.schema import Count
+
+SAME = 1e-4
+"""An image whose cosine with an anchor is nearer to 1 than this has the anchor's cluster."""
+
+
+class Votes(Head):
+    """Anchors vote on the clusters of features.
+
+    num_anchors: M. num_neighbors: that vote. num_components: P, directions of features that count, D for all.
+    Buffers: `basis` (D, P), `anchors` (M, P) float16 of length one, `owners` (M,) int64 in [0, K), `trust` (M,) from
+    0 to 1, how far each anchor's cluster can be relied on: it makes the votes' shares confidences.
+    """
+
+    basis: Tensor
+    anchors: Tensor
+    owners: Tensor
+    trust: Tensor
+
+    def __init__(
+        self,
+        dim: Count,
+        num_clusters: Count,
+        *,
+        num_anchors: Count = 1,
+        num_components: Count | None = None,
+        num_neighbors: Count = 15,
+    ) -> None:
+        super().__init__()
+        self.num_clusters, self.num_neighbors = num_clusters, min(num_neighbors, num_anchors)
+        size = num_components or dim
+        self.register_buffer("basis", torch.eye(dim, size))
+        self.register_buffer("anchors", torch.zeros(num_anchors, size, dtype=torch.float16))
+        self.register_buffer("owners", torch.zeros(num_anchors, dtype=torch.int64))
+        self.register_buffer("trust", torch.ones(num_anchors))
+
+    def forward(self, z: Tensor, view: int) -> Output:
+        """(B, D) to logits (B, K)."""
+        return Output(z, logits=[self.predict(z).clamp_min(1e-12).log()])
+
+    def predict(self, z: Tensor) -> Tensor:
+        """(B, D) to (B, K) probabilities."""
+        rows = F.normalize(F.normalize(z.float(), dim=1) @ self.basis, dim=1)
+        values, places = knn(rows, self.anchors.float(), k=self.num_neighbors)
+        return vote(values, self.owners[places], self.trust[places], self.num_clusters)
+
+
+def vote(similarities: Tensor, clusters: Tensor, trust: Tensor, num_clusters: int) -> Tensor:
+    """Probabilities (B, K) from k neighbours: their similarities (B, k), descending, clusters and trust (B, k).
+
+    The cluster with most weight wins; its probability is the weight of its voters times their trust. The others share
+    the rest as they were voted for, and evenly where nobody was.
+    """
+    spread = similarities[:, :1] - similarities[:, -1:]
+    weights = torch.where(spread > 1e-6, (similarities - similarities[:, -1:]) / spread.clamp_min(1e-6), 1.0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    empty = similarities.new_zeros(len(similarities), num_clusters)
+    shares = empty.scatter_add(1, clusters, weights)
+    same = similarities[:, 0] > 1 - SAME
+    own = F.one_hot(clusters[:, 0], num_clusters).to(shares)
+    winner = torch.where(same, clusters[:, 0], shares.argmax(dim=1))[:, None]
+    shares = torch.where(same[:, None], (shares + own) / 2, shares)
+    trusted = empty.scatter_add(1, clusters, weights * trust)
+    confidence = torch.where(same[:, None], (trusted.gather(1, winner) + trust[:, :1]) / 2, trusted.gather(1, winner))
+    rest = shares.scatter(1, winner, 0.0) + 1e-6
+    rest = rest.scatter(1, winner, 0.0)
+    rest = rest / rest.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    most = rest.amax(dim=1, keepdim=True)
+    confidence = torch.maximum(confidence, most / (1 + most) + 1e-4).clamp_max(1.0)
+    return (rest * (1 - confidence)).scatter(1, winner, confidence)
