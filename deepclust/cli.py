@@ -254,20 +254,37 @@ def checkpoint(words: list[str]) -> int:
 
 
 def predict(words: list[str]) -> int:
-    """`predict RUN IMAGES [-o clusters.csv]`"""
-    parser = _Parser("deepclust predict", description="Clusters of new images with the model of a run, as a CSV file.")
-    parser.add_argument("run", type=Path, help="a run folder, or its model.safetensors")
-    parser.add_argument("images", type=Path, help="a folder of images, or one image")
-    parser.add_argument("-o", "--out", type=Path, default=Path("clusters.csv"), help="the file to write")
-    parser.add_argument("--trust", action="append", default=[], help="a module of your own that the model needs")
+    """`predict RUN PATH [-o clusters.csv]`"""
+    parser = _Parser(
+        "deepclust predict",
+        description="Clusters of any number of new images with the model of a run, as a CSV or Parquet file. After a "
+        "stop the same command goes on.",
+    )
+    add = parser.add_argument
+    add("run", type=Path, help="a run folder, or its model.safetensors")
+    add(
+        "data",
+        type=Path,
+        metavar="path",
+        help="a folder of images, an image, a .txt file with a path on each line; for a model of features also a "
+        "feature store or a .npy, .npz or .safetensors file",
+    )
+    add("-o", "--out", type=Path, default=Path("clusters.csv"), help="the file to write: .csv or .parquet")
+    add("--new", action="store_true", help="start over, whatever an unfinished command left")
+    add("--backbone", metavar="NAME", help="what made the features that the model learned, if it is elsewhere now")
+    add("--weights", metavar="FILE", help="its local file of weights")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    add("--batch-size", type=_count, metavar="B", help="default: that of the features, or what suits the images")
+    add("--workers", type=_count, metavar="N", help="threads that decode; default: one a core, at most 8")
+    add("--trust", action="append", default=[], help="a module of your own that the model needs")
     asked = parser.parse_args(words)
-    for path in (asked.run, asked.images):
+    for path in (asked.run, asked.data):
         if not path.exists():
             raise UserError(f"{path}: there is no such file or folder")
-    from deepclust.predict import predict as predict_images
+    from deepclust.predict import Asked
+    from deepclust.predict import predict as predict_data
 
-    clustered, _ = predict_images(asked.run, asked.images, asked.out, asked.trust)
-    return OK if clustered else BAD_INPUT
+    return predict_data(Asked(**vars(asked)))
 
 
 def features(words: list[str]) -> int:
@@ -337,7 +354,7 @@ def doctor(words: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "train": (train, "train [key=value ...]", "train, cluster, evaluate, report"),
-    "predict": (predict, "predict RUN IMAGES [-o clusters.csv]", "clusters of new images"),
+    "predict": (predict, "predict RUN PATH [-o clusters.csv]", "clusters of new images, any number of them"),
     "features": (features, "features IMAGES [--backbone NAME ...]", "a folder's features, once, in a store"),
     "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
     "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class Encoder:
     """Images in, features out. model: its name for people; net: (B, C, H, W) views to (B, D).
 
     view: (B, C, side, side) uint8 pixels to what `net` is fed. channels, side: of those pixels. precision: as a
-    trainer's (`auto`, `float32`, `bfloat16`). identity: what it is, plain JSON. note: what is to be said about it.
+    trainer's (`auto`, `float32`, `bfloat16`). identity: what it is, plain JSON; its `made_by` tells what `find_encoder`
+    was asked for, with absolute paths and, of FILE.py, the SHA-256 of its `code`. note: what is to be said about it.
     """
 
     model: str
@@ -89,10 +91,49 @@ def find_encoder(name: str, weights: str | None = None, size: int | None = None)
     path = Path(name)
     is_ours = path.suffix == ".safetensors" or (path / "model.safetensors").is_file() or ("/" in name and path.is_dir())
     if not is_ours and ":" not in name:
-        return timm_encoder(name, weights, size)
-    if weights is not None:
+        encoder = timm_encoder(name, weights, size)
+    elif weights is not None:
         raise UserError(f"--weights {weights}: {name} has weights of its own; --weights goes with a timm model")
-    return own_encoder(name, size) if is_ours else module_encoder(name, size)
+    else:
+        encoder = own_encoder(name, size) if is_ours else module_encoder(name, size)
+    place, colon, function = name.rpartition(":")
+    if is_ours:
+        name = os.path.abspath(name)
+    elif place.endswith(".py"):
+        name = f"{os.path.abspath(place)}{colon}{function}"
+    code = {"code": hashlib.sha256(Path(place).read_bytes()).hexdigest()} if place.endswith(".py") else {}
+    made_by = {"name": name, "weights": weights and os.path.abspath(os.path.expanduser(weights)), "size": size, **code}
+    encoder.identity["made_by"] = made_by
+    return encoder
+
+
+def rebuild(stored: StoredBackbone, name: str | None = None, weights: str | None = None) -> Encoder:
+    """The encoder that made features which a store holds, ready for images that were not in it.
+
+    stored: what the store knows of it. name, weights: where to find it now, as for `find_encoder`; by default where it
+    was then. Code is run without a word only if it is the file of then, unchanged.
+    Raises UserError where it cannot be had, or is another one: other weights or another way of feeding it.
+    """
+    then: dict[str, Any] = stored.identity.get("made_by") or {}
+    asked = name or then.get("name") or str(stored.identity["model"])
+    place = asked.rpartition(":")[0]
+    if name is None and place:
+        known = then.get("code")
+        if not place.endswith(".py") or not Path(place).is_file():
+            raise UserError(f"--backbone {asked} made these features; give it again, if it is still to be trusted")
+        if hashlib.sha256(Path(place).read_bytes()).hexdigest() != known:
+            raise UserError(f"{place}, which made these features, was changed since; --backbone {asked} runs it as is")
+    size = then.get("size", stored.identity["preprocess"].get("size"))
+    encoder = find_encoder(asked, weights or (None if name else then.get("weights")), size)
+    for key, what in (("weights", "other weights (SHA-256)"), ("preprocess", "images fed in another way")):
+        if encoder.identity[key] != stored.identity[key]:
+            was, found = (_short(each[key]) for each in (stored.identity, encoder.identity))
+            raise UserError(f"{asked} has {what} than what made these features: {found} and not {was}")
+    return encoder
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) else json.dumps(value)
 
 
 def timm_encoder(name: str, weights: str | None, size: int | None) -> Encoder:

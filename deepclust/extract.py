@@ -16,7 +16,7 @@ from deepclust.data.folders import list_folder, printable
 from deepclust.data.images import num_decoders
 from deepclust.data.store import BLOCK, StoredBackbone
 from deepclust.data.store_writer import Changes, Fact, StoreWriter
-from deepclust.encoders import Encoder, NoWeights, find_encoder, own_encoder, precision_of
+from deepclust.encoders import Encoder, NoWeights, find_encoder, precision_of
 from deepclust.errors import UserError
 from deepclust.loggers.console import ConsoleLogger
 
@@ -129,14 +129,14 @@ def _trained(store: StoreWriter, root: Path, missing: str, console: ConsoleLogge
     if model.is_file():
         text = f"{missing}\nThe backbone that was trained on these images is used instead: {folder}"
         console.message(text, "warning")
-        return own_encoder(str(folder))
+        return find_encoder(str(folder))
     console.message(
         f"{missing}\nA small backbone is trained on these images first, without labels: SimCLR, the first stage of the "
         f"recipe scan_photo, in {folder}. Its features are weaker than those of a large pretrained network.",
         "warning",
     )
     train_simclr(root, folder)
-    return own_encoder(str(folder))
+    return find_encoder(str(folder))
 
 
 def train_simclr(root: Path, folder: Path) -> None:
@@ -268,10 +268,16 @@ def _feed(store: StoreWriter, group: Sequence[Task], batch: Batch, found: dict[s
 
 
 class Progress:
-    """The bar, and once a few batches are through, how long it will take. clock: seconds."""
+    """The bar, and once a few batches are through, how long it will take. clock: seconds. stage: what the bar says."""
 
-    def __init__(self, console: ConsoleLogger, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console, self.total, self.clock = console, total, clock
+    def __init__(
+        self,
+        console: ConsoleLogger,
+        total: int,
+        clock: Callable[[], float] = time.monotonic,
+        stage: str = "features",
+    ) -> None:
+        self.console, self.total, self.clock, self.stage = console, total, clock, stage
         self.done = self.batches = 0
         self.began: tuple[float, int] | None = None
         self.estimated = False
@@ -292,7 +298,7 @@ class Progress:
             text = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
             self.console.message(f"about {text} (h:mm:ss) for {self.total - self.done:,} images, {rate:,.0f} a second")
         where = {"stage_step": self.done, "stage_steps": self.total, "images_per_second": rate}
-        self.console.log(where, self.done, "features")
+        self.console.log(where, self.done, self.stage)
 
     def finish(self) -> None:
         """Takes the bar down."""

@@ -1,76 +1,212 @@
-"""Clusters of new images with the model of a run."""
+"""`deepclust predict`: clusters of any number of new images, or of rows of features, with the model of a run."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from deepclust.data.images import UnreadableImage
+from deepclust.data.ahead import Batch, Job, decode_ahead
+from deepclust.data.images import num_decoders
 from deepclust.errors import UserError
-from deepclust.model import Clusterer, image_paths
-from deepclust.run_folder import explain
+from deepclust.extract import Progress
+from deepclust.loggers.console import ConsoleLogger
+from deepclust.predict_model import Found, ImageModel, RunModel, open_model
+from deepclust.predict_parts import Parts, check_out
+from deepclust.predict_source import Source, open_source, states_digest
+from deepclust.signals import StopRequest, StopRequested
 
-BATCH = 256
+PART_IMAGES, PART_ROWS = 256, 65_536
+"""What is kept together: images, rows of features. A stop loses at most as much."""
+BATCH_ROWS = 1024
+FINISHED, NOTHING_CLUSTERED, STOPPED = 0, 2, 143
 
 
-def predict(run: Path, images: Path, out: Path, trust: Sequence[str] = ()) -> tuple[int, int]:
-    """Writes path, cluster, confidence of every image below `images` (a folder or a file) to the CSV file `out`.
+@dataclass
+class Asked:
+    """What the command line asks for. None: a default that the docstrings of its parts tell."""
 
-    run: a run folder or a model file. An image that cannot be read gets an empty cluster and the reason in `error`.
-    Returns how many were clustered and how many could not be read. Raises UserError where nothing is to be done.
+    run: Path
+    data: Path
+    out: Path = Path("clusters.csv")
+    new: bool = False
+    backbone: str | None = None
+    weights: str | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    trust: Sequence[str] = ()
+
+
+def predict(asked: Asked, console: ConsoleLogger | None = None) -> int:
+    """Writes path, cluster, confidence and error of each image to a CSV or Parquet file.
+
+    Runs of `deepclust cluster` add the cluster's name. What cannot be read has no cluster, and the reason in `error`.
+    The file does not depend on where an earlier command was stopped. Returns 0, 2 where nothing could be clustered,
+    143 where it was stopped.
+
+    Raises UserError: no such model or images, features that do not fit it, or what was done for another command.
     """
-    clusterer = Clusterer.load(run, trust=trust)
-    paths = image_paths(images)
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise UserError(f"--out {out}: must be a file in a folder that exists")
-    temporary = out.with_name(f".tmp-{out.name}")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            done, failed = _write(file, clusterer, paths)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {explain(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    print(f"{done} images clustered{f', {failed} could not be read' if failed else ''}: {out}")
-    return done, failed
-
-
-def _write(file: TextIO, clusterer: Clusterer, paths: Sequence[Path]) -> tuple[int, int]:
-    """A line for each path; gives how many images were clustered and how many could not be read."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["path", "cluster", "confidence", "error"])
-    done = 0
-    for start in range(0, len(paths), BATCH):
-        part = paths[start : start + BATCH]
-        pixels, reasons = _read(clusterer, part)
-        found = iter(clusterer.predict_proba(torch.stack(pixels).numpy()) if pixels else [])
-        for path, reason in zip(part, reasons):
-            if reason is None:
-                row = next(found)
-                writer.writerow([path, int(row.argmax()), f"{row.max():.6f}", ""])
-            else:
-                writer.writerow([path, "", "", reason])
-        done += len(pixels)
-    return done, len(paths) - done
-
-
-def _read(clusterer: Clusterer, paths: Sequence[Path]) -> tuple[list[Tensor], list[str | None]]:
-    """The readable images, and for each path None or why it could not be read."""
-    pixels: list[Tensor] = []
-    reasons: list[str | None] = []
-    for path in paths:
+    console = console or ConsoleLogger()
+    check_out(asked.out)
+    done = ""
+    with StopRequest(quiet=True) as stop:
+        parts: Parts | None = None
         try:
-            pixels.append(clusterer.read(path))
-            reasons.append(None)
-        except UnreadableImage as error:
-            reasons.append(error.reason)
-    return pixels, reasons
+            with stop.interruptible():
+                model = open_model(asked.run, device_of(asked.device), list(asked.trust))
+                source = open_source(asked.data, model, asked.backbone)
+                images = None
+                if source.root is not None:
+                    images = ImageModel(model, asked.backbone, asked.weights, asked.batch_size)
+                parts = Parts(asked.out, len(source), _part_size(images))
+                _resume(parts, model, images, source, asked, console)
+                _compute(parts, model, images, source, asked, console)
+                clustered, failed = parts.finish(source.names, model.names)
+        except (StopRequested, KeyboardInterrupt):
+            console.finish("stopped")
+            if parts is not None:
+                done = f" {parts.images_done:,} of {parts.count:,} are done."
+            console.message(f"Stopped.{done} The same command goes on from there.", "warning")
+            return STOPPED
+        finally:
+            if parts is not None:
+                parts.close()
+    what = "images" if images else "rows"
+    console.message(f"{clustered:,} {what} clustered{f', {failed:,} could not be read' if failed else ''}: {asked.out}")
+    return FINISHED if clustered else NOTHING_CLUSTERED
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; `auto`: a GPU if there is one. Raises UserError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--device {name} cannot be used: {line}") from error
+    return device
+
+
+def _part_size(images: ImageModel | None) -> int:
+    """Images of a part: whole batches."""
+    return PART_ROWS if images is None else max(1, PART_IMAGES // images.batch_size) * images.batch_size
+
+
+def _resume(
+    parts: Parts,
+    model: RunModel,
+    images: ImageModel | None,
+    source: Source,
+    asked: Asked,
+    console: ConsoleLogger,
+) -> None:
+    """Says what is to be done, and finds what was done before."""
+    what = f"{len(source):,} {'images' if images else 'rows of features'} in {asked.data}"
+    ignored = f"; {source.num_ignored:,} files of other kinds left out" if source.num_ignored else ""
+    device = model.clusterer.device
+    told = images.said if images else "a model of features"
+    console.message(f"{what}{ignored}")
+    console.message(f"{asked.run}: {told}, {model.clusterer.num_clusters} clusters, on {device}")
+    if images and model.of_features and model.stored is None:
+        console.message(
+            f"{model.why}; that --backbone {asked.backbone} made them is taken on trust, only their number fits",
+            "warning",
+        )
+    facts: dict[str, Any] = images.facts if images else {}
+    manifest = {"model": model.digest, "list of images": source.digest(), "device": device.type, **facts}
+    again = parts.open(manifest, source.states, asked.new)
+    if parts.done:
+        console.message(f"{parts.images_done:,} of them were done before; going on from there")
+    if again:
+        console.message(f"{again:,} part(s) of {parts.size:,} made again: images changed since", "warning")
+
+
+def _compute(
+    parts: Parts,
+    model: RunModel,
+    images: ImageModel | None,
+    source: Source,
+    asked: Asked,
+    console: ConsoleLogger,
+) -> None:
+    """All parts that are not there."""
+    waiting = [part for part in range(parts.number) if part not in parts.done]
+    progress = Progress(console, parts.count - parts.images_done, stage="predict")
+    if images is None:
+        for part in waiting:
+            parts.write(part, _rows(model, source, part * parts.size, parts.size, progress), "")
+    else:
+        for part, found, states in _images(images, source, waiting, parts.size, asked.workers, progress):
+            parts.write(part, found, states)
+    progress.finish()
+
+
+def _rows(model: RunModel, source: Source, first: int, count: int, progress: Progress) -> Found:
+    """Clusters of rows of features."""
+    assert source.read is not None
+    last, found = min(first + count, len(source)), []
+    for start in range(first, last, BATCH_ROWS):
+        end = min(start + BATCH_ROWS, last)
+        found.append(model.of_rows(source.read(start, end)))
+        progress.step(end - start)
+    whole = _joined(found)
+    return whole._replace(faults=[source.faults.get(first + row, fault) for row, fault in enumerate(whole.faults)])
+
+
+def _images(
+    images: ImageModel, source: Source, waiting: Sequence[int], size: int, workers: int | None, progress: Progress
+) -> Iterator[tuple[int, Found, str]]:
+    """Clusters of the images of parts, with what tells whether their files change.
+
+    An image has its place in its batch whatever else has to be done, so that its cluster depends on nothing else.
+    """
+    assert source.root is not None
+    jobs = (job for part in waiting for job in _jobs(images, len(source), part, size))
+    batches = decode_ahead(
+        jobs, source.root, source.paths, images.side, images.channels, False, workers or num_decoders()
+    )
+    found: list[Found] = []
+    states = []
+    try:
+        for batch in batches:
+            found.append(_of_batch(images, batch))
+            states += [fact.state for fact in batch.facts]
+            progress.step(len(batch.facts))
+            if batch.job.last:
+                yield batch.job.block, _joined(found), states_digest(states)
+                found, states = [], []
+    finally:
+        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _jobs(images: ImageModel, count: int, part: int, size: int) -> list[Job]:
+    """The batches of one part."""
+    last, jobs = min((part + 1) * size, count), []
+    for start in range(part * size, last, images.batch_size):
+        end = min(start + images.batch_size, last)
+        length = images.batch_size if images.padded else end - start
+        jobs.append(Job(part, start, length, np.arange(start, end), end == last))
+    return jobs
+
+
+def _of_batch(images: ImageModel, batch: Batch) -> Found:
+    """Clusters of a batch, with the reasons of what could not be read."""
+    count = len(batch.facts)
+    unread = [fact.reason for fact in batch.facts]
+    if all(unread):
+        return Found(np.zeros(count, np.int64), np.zeros(count, np.float32), unread)
+    cluster, confidence, faults = images(batch.pixels)
+    both = [reason or fault for reason, fault in zip(unread, faults[:count])]
+    return Found(cluster[:count], confidence[:count], both)
+
+
+def _joined(found: Sequence[Found]) -> Found:
+    clusters, confidences, faults = zip(*found)
+    return Found(np.concatenate(clusters), np.concatenate(confidences), [each for part in faults for each in part])

@@ -236,11 +236,13 @@ def test_checkpoints_are_verified_and_digested(tmp_path, capsys):
     assert "model" in capsys.readouterr().out
 
 
-def test_predict_is_handed_on_and_fails_where_nothing_was_clustered(tmp_path, monkeypatch):
+def test_predict_is_handed_on(tmp_path, monkeypatch):
     calls = []
-    counts = iter([(3, 1), (0, 2)])
-    stand_in = types.SimpleNamespace(predict=lambda *given: calls.append(given) or next(counts))
+    codes = iter([OK, BAD_INPUT])
+    stand_in = types.SimpleNamespace(predict=lambda asked: calls.append(asked) or next(codes), Asked=dict)
     monkeypatch.setitem(sys.modules, "deepclust.predict", stand_in)
     words = ["predict", str(tmp_path), str(tmp_path), "-o", "out.csv"]
-    assert main(words) == OK and main([*words, "--trust", "mine"]) == BAD_INPUT
-    assert calls == [(tmp_path, tmp_path, Path("out.csv"), []), (tmp_path, tmp_path, Path("out.csv"), ["mine"])]
+    assert main(words) == OK and main([*words, "--trust", "mine", "--batch-size", "7"]) == BAD_INPUT
+    usual = {"new": False, "backbone": None, "weights": None, "device": "auto", "batch_size": None, "workers": None}
+    usual.update(run=tmp_path, data=tmp_path, out=Path("out.csv"), trust=[])
+    assert calls == [usual, {**usual, "trust": ["mine"], "batch_size": 7}]

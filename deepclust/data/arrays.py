@@ -14,16 +14,16 @@ from torch import Tensor
 from deepclust.errors import UserError
 
 
-def load_array(file: str, key: str, names: tuple[str, ...]) -> np.ndarray:
+def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False) -> np.ndarray:
     """The array of a .npy file, or of a .npz file under one of `names` (or its only one). Pickled objects are refused.
 
-    key: what the setting is called in messages.
+    key: what the setting is called in messages. mapped: a .npy file stays on disk, read-only.
     """
     path = Path(os.path.expanduser(file))
     if not path.is_file():
         raise UserError(f"{key}={file}: there is no such file.")
     try:
-        content = np.load(path, allow_pickle=False)
+        content = np.load(path, "r" if mapped else None, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return content
         name = next((name for name in names if name in content.files), None)

@@ -108,12 +108,15 @@ def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:
     return rows.contiguous()[:, :, None, None]
 
 
-def load_columns(file: str, key: str) -> dict[str, np.ndarray]:
-    """What `features` reads from a file: `features`, and those of `labels`, `splits`, `paths` that are there."""
+def load_columns(file: str, key: str, mapped: bool = False) -> dict[str, np.ndarray]:
+    """What `features` reads from a file: `features`, and those of `labels`, `splits`, `paths` that are there.
+
+    key: what the setting is called in messages. mapped: features of a .npy file stay on disk, read-only.
+    """
     path = Path(os.path.expanduser(file))
     if path.suffix == ".safetensors" and path.is_file():
         return _from_safetensors(path, f"{key}={file}")
-    found = {"features": load_array(file, key, ("features", "x"))}
+    found = {"features": load_array(file, key, ("features", "x"), mapped)}
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as content:
             names = {"labels": ("labels", "y"), "splits": ("splits",), "paths": ("paths",)}

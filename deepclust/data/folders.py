@@ -53,6 +53,23 @@ def natural(text: str) -> tuple[Any, ...]:
     return (*((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece), (-1, 0, text))
 
 
+def _order(path: str) -> str:
+    """Sorts paths as `natural` sorts the names in them, in a tenth of its memory: listings may hold a million.
+
+    Only control characters in names, on which nothing depends, may come in another order.
+    """
+    parts = []
+    for name in path.split("/"):
+        for piece in re.split(r"([0-9]+)", name.casefold()):
+            if piece.isdecimal():
+                number = str(int(piece))
+                parts.append(f"\x02{chr(len(number))}{number}")
+            elif piece:
+                parts.append(f"\x03{piece}")
+        parts.append(f"\x01{name}\x00")
+    return "".join(parts)
+
+
 def check_folder(root: str, key: str = "data.root=") -> Path:
     """The folder at `root` (`~` allowed); a `UserError` says what is wrong with it and what may have been meant.
 
@@ -95,7 +112,7 @@ def list_folder(root: str, key: str = "data.root=") -> Listing:
             others[extension or "no extension"] += 1
     if not found:
         raise UserError(f"{key}{root}: {_nothing_found(others)}")
-    found.sort(key=lambda name: [natural(part) for part in name.split("/")])
+    found.sort(key=_order)
     return Listing(path, found, num_ignored=others.total())
 
 
@@ -157,29 +174,29 @@ def read_structure(listing: Listing, labels: Literal["auto", "folders", "none"])
     listing.labels = found
 
 
-def list_file(file: str, labels: Literal["auto", "none"]) -> Listing:
+def list_file(file: str, labels: Literal["auto", "none"], key: str = "data.file=") -> Listing:
     """A text file with one path per line, or CSV/TSV with a path and, if wanted, a label; a header line is optional.
 
     In a .txt file a tab divides path and label, so that paths may hold commas and blanks. Paths are relative to the
-    file's folder.
+    file's folder. key: what messages write before the file.
     """
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):
-        raise UserError(f"data.file={file}: there is no such file. {_nearest(path)}")
+        raise UserError(f"{key}{file}: there is no such file. {_nearest(path)}")
     try:
         rows = _rows(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.file={file}: cannot be read as UTF-8 text ({error}).") from error
+        raise UserError(f"{key}{file}: cannot be read as UTF-8 text ({error}).") from error
     if rows and rows[0][0].strip().lower() in PATH_HEADERS:
         rows = rows[1:]
     if not rows:
-        raise UserError(f"data.file={file}: names no image. Give one path per line.")
+        raise UserError(f"{key}{file}: names no image. Give one path per line.")
     found: list[str | None] = [None for _ in rows]
     if labels == "auto":
         found = [row[1].strip() or None if len(row) > 1 else None for row in rows]
     if None in found and any(found):
         raise UserError(
-            f"data.file={file}: entry {found.index(None) + 1} ({rows[found.index(None)][0]}) has no label, others do.\n"
+            f"{key}{file}: entry {found.index(None) + 1} ({rows[found.index(None)][0]}) has no label, others do.\n"
             "Give every image a label, or use data.labels=none."
         )
     return Listing(path.parent, [row[0].strip() for row in rows], found, [NO_SPLIT] * len(rows))

@@ -41,7 +41,7 @@ class StoredBackbone:
     """What a store knows of a backbone: its name there, D, dtype (float16, float32) and identity (plain JSON).
 
     identity: `model`, `weights` (SHA-256), `preprocess`, `trained_with_labels` (None: not known), `precision`,
-    `batch_size` and what else was known when it came.
+    `batch_size`, `made_by` (what rebuilds it) and what else was known.
     """
 
     name: str

@@ -191,6 +191,11 @@ class StoreWriter(FeatureStore):
                     values = (backbone.name, backbone.dim, backbone.dtype, json.dumps(backbone.identity))
                     db.execute("INSERT INTO backbones (name, dim, dtype, identity) VALUES (?, ?, ?, ?)", values)
                 self.backbones[backbone.name] = backbone
+            elif self.backbones[backbone.name].identity != backbone.identity:  # its file may have been moved
+                with self._db as db:
+                    values = (json.dumps(backbone.identity), backbone.name)
+                    db.execute("UPDATE backbones SET identity = ? WHERE name = ?", values)
+                self.backbones[backbone.name] = backbone
             damaged = self.damaged(backbone.name)
             for block in damaged:
                 self._unseal(backbone.name, block)
