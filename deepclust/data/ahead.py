@@ -12,6 +12,7 @@ import numpy as np
 
 from deepclust.data.folders import name_fault
 from deepclust.data.images import UnreadableImage, decode_file
+from deepclust.data.perceptual import perceptual_hash
 from deepclust.data.store_writer import Fact, file_state
 
 BATCHES_AHEAD = 3
@@ -53,7 +54,7 @@ def decode_ahead(
         except UnreadableImage as error:
             return Fact(row, state, (0, 0), None, "unreadable", error.reason)
         out[:] = found.pixels
-        return Fact(row, state, found.size, found.sha256 or None, "ok", None)
+        return Fact(row, state, found.size, found.sha256 or None, "ok", None, perceptual_hash(found.pixels))
 
     def begin(job: Job) -> tuple[Job, np.ndarray, list[Future[Fact]]]:
         pixels = np.zeros((job.size, channels, side, side), dtype=np.uint8)

@@ -30,6 +30,7 @@ from deepclust.errors import UserError
 
 FORMAT = 1
 MANIFEST = "store.sqlite"
+PERCEPTUAL = "phash"
 BLOCK = 256
 """Rows that are hashed and sealed together."""
 HEADER = 128
@@ -56,7 +57,9 @@ class FeatureStore:
     path: the store's folder. root: the folder of images. paths: N, relative to `root`. status: N of `ok`, `new` (not
     looked at yet), `unreadable`, `deleted`. reasons: why, by row, for the unreadable ones. sizes: (N, 2) int64, width
     and height in pixels, 0 where they are not known. hashes: N times SHA-256 of the file, or None. file_bytes,
-    mtime_ns: (N,) int64. backbones: by name.
+    mtime_ns: (N,) int64. perceptual: (N,) uint64, `perceptual_hash` of the pixels that the first backbone was fed (the
+    centred square), 0 where it is not known; has_perceptual: (N,) bool, where it is. Not known: unreadable images, and
+    those whose features were made before stores kept it. backbones: by name.
     """
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
@@ -166,9 +169,10 @@ class FeatureStore:
 
     def _read_images(self) -> None:
         """Columns of the table of images, and the seals."""
-        columns = "path, bytes, mtime_ns, ctime_ns, width, height, sha256, status, reason, changed_at"
+        columns = "path, bytes, mtime_ns, ctime_ns, width, height, sha256, status, reason, changed_at, "
+        columns += PERCEPTUAL if PERCEPTUAL in image_columns(self._db) else "NULL"
         rows = self._db.execute(f"SELECT {columns} FROM images ORDER BY row").fetchall()
-        found: Sequence[Sequence[Any]] = list(zip(*rows)) or [()] * 10
+        found: Sequence[Sequence[Any]] = list(zip(*rows)) or [()] * 11
         self.paths = [os.fsdecode(path) for path in found[0]]
         numbers = np.array(found[1:6], dtype=np.int64).reshape(5, len(rows))
         self.file_bytes, self.mtime_ns, self.ctime_ns = numbers[:3]
@@ -177,6 +181,8 @@ class FeatureStore:
         self.status = np.array(found[7], dtype="<U10")
         self.reasons = {row: reason for row, reason in enumerate(found[8]) if reason is not None}
         self.changed_at = np.array(found[9], dtype=np.int64)
+        self.has_perceptual = np.array([each is not None for each in found[10]], dtype=bool)
+        self.perceptual = np.array([int.from_bytes(each or b"", "big") for each in found[10]], dtype=np.uint64)
         self._blocks: dict[str, dict[int, tuple[int, str, int]]] = {}
         for name, *seal in self._db.execute("SELECT backbone, block, rows, sha256, computed_at FROM blocks"):
             self._blocks.setdefault(name, {})[seal[0]] = (seal[1], seal[2], seal[3])
@@ -185,6 +191,11 @@ class FeatureStore:
 def connect(file: Path, mode: str) -> sqlite3.Connection:
     """The manifest; mode: `ro`, `rw`, `rwc` (made if it is not there)."""
     return sqlite3.connect(f"{file.resolve().as_uri()}?mode={mode}", uri=True, timeout=30)
+
+
+def image_columns(db: sqlite3.Connection) -> list[str]:
+    """Columns that the table of images has; the perceptual hash came later than the others."""
+    return [name for _, name, *_ in db.execute("PRAGMA table_info(images)")]
 
 
 def hash_rows(handle: int, start: int, rows: int, row_bytes: int) -> str:

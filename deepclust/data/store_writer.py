@@ -24,10 +24,12 @@ from deepclust.data.store import (
     FORMAT,
     HEADER,
     MANIFEST,
+    PERCEPTUAL,
     FeatureStore,
     StoredBackbone,
     connect,
     hash_rows,
+    image_columns,
 )
 from deepclust.errors import UserError
 from deepclust.run_folder import explain, inside, release_lock, take_lock
@@ -35,7 +37,8 @@ from deepclust.run_folder import explain, inside, release_lock, take_lock
 SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value)",
     "CREATE TABLE images (row INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, bytes INTEGER, mtime_ns INTEGER, "
-    "ctime_ns INTEGER, width INTEGER, height INTEGER, sha256 BLOB, status TEXT, reason TEXT, changed_at INTEGER)",
+    "ctime_ns INTEGER, width INTEGER, height INTEGER, sha256 BLOB, status TEXT, reason TEXT, changed_at INTEGER, "
+    f"{PERCEPTUAL} BLOB)",
     "CREATE TABLE backbones (place INTEGER PRIMARY KEY, name TEXT UNIQUE, dim INTEGER, dtype TEXT, identity TEXT)",
     "CREATE TABLE blocks (backbone TEXT, block INTEGER, rows INTEGER, sha256 TEXT, computed_at INTEGER, "
     "PRIMARY KEY (backbone, block))",
@@ -52,7 +55,10 @@ class FileState(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """What reading an image told. status: `ok` or `unreadable`. size: (width, height). sha256: None if not wanted."""
+    """What reading an image told. status: `ok` or `unreadable`. size: (width, height). sha256: None if not wanted.
+
+    perceptual: hash of the pixels that a backbone is fed, None for an unreadable image.
+    """
 
     row: int
     state: FileState
@@ -60,6 +66,7 @@ class Fact(NamedTuple):
     sha256: bytes | None
     status: str
     reason: str | None
+    perceptual: int | None = None
 
 
 @dataclass
@@ -97,6 +104,8 @@ class StoreWriter(FeatureStore):
                 db = connect(inside(folder, MANIFEST), "rwc")
                 if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
                     _fill(db, root)
+                elif PERCEPTUAL not in image_columns(db):  # a store from before it kept such hashes
+                    db.execute(f"ALTER TABLE images ADD COLUMN {PERCEPTUAL} BLOB")
                 store = cls(folder, db, lock)
                 store._same_folder(root)
                 return store
@@ -175,10 +184,13 @@ class StoreWriter(FeatureStore):
             return
         self.scan += 1
         db.execute("UPDATE facts SET value = ? WHERE name = 'scan'", (self.scan,))
-        statement = "UPDATE images SET status = 'new', reason = NULL, changed_at = ? WHERE row = ?"
+        statement = (
+            f"UPDATE images SET status = 'new', reason = NULL, changed_at = ?, {PERCEPTUAL} = NULL WHERE row = ?"
+        )
         db.executemany(statement, [(self.scan, row) for row in sorted(anew)])
         rows = [(len(self) + place, os.fsencode(path), *state, self.scan) for place, (path, state) in enumerate(fresh)]
-        db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, 0, 0, NULL, 'new', NULL, ?)", rows)
+        columns = "row, path, bytes, mtime_ns, ctime_ns, width, height, status, changed_at"
+        db.executemany(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, 0, 0, 'new', ?)", rows)
 
     def add_backbone(self, backbone: StoredBackbone) -> list[int]:
         """Takes a backbone in, beside the others, or finds it again. Gives blocks that were damaged: no longer sealed.
@@ -312,10 +324,15 @@ def _fill(db: sqlite3.Connection, root: Path) -> None:
 
 
 def _keep_facts(db: sqlite3.Connection, facts: Sequence[Fact]) -> None:
+    """The perceptual hash stays that of the backbone that came first."""
+    seen = [None if fact.perceptual is None else fact.perceptual.to_bytes(8, "big") for fact in facts]
     db.executemany(
         "UPDATE images SET bytes = ?, mtime_ns = ?, ctime_ns = ?, width = ?, height = ?, sha256 = ?, status = ?, "
-        "reason = ? WHERE row = ?",
-        [(*fact.state, *fact.size, fact.sha256, fact.status, fact.reason, fact.row) for fact in facts],
+        f"reason = ?, {PERCEPTUAL} = CASE WHEN ? IS NULL THEN NULL ELSE coalesce({PERCEPTUAL}, ?) END WHERE row = ?",
+        [
+            (*fact.state, *fact.size, fact.sha256, fact.status, fact.reason, hash_, hash_, fact.row)
+            for fact, hash_ in zip(facts, seen)
+        ],
     )
 
 

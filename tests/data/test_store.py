@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from torch import nn
 
 from deepclust.data import store_writer
 from deepclust.data.images import decode
+from deepclust.data.perceptual import perceptual_hash
 from deepclust.data.store import FeatureStore
 from deepclust.data.store_writer import StoreWriter
 from deepclust.errors import UserError
@@ -41,6 +43,11 @@ def one():
 
 def two():
     return net(3, 1)
+
+def large():
+    body = net(3, 1)
+    body.preprocess = Preprocess(12, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    return body
 
 def huge():
     body = net(5, 0)
@@ -102,6 +109,7 @@ def content(store: FeatureStore) -> dict[str, object]:
     """All that must not depend on how a store came about."""
     files = {name: store.file(name).read_bytes() for name in store.backbones}
     table = [store.paths, store.status.tolist(), store.sizes.tolist(), store.hashes, store.reasons]
+    table += [store.perceptual.tolist(), store.has_perceptual.tolist()]
     return {"files": files, "table": table, "computed": [store.computed(name).tolist() for name in store.backbones]}
 
 
@@ -460,3 +468,58 @@ def test_a_link_out_of_the_store_is_not_followed(tmp_path: Path, folder: Folder)
     with pytest.raises(UserError, match="leads outside"):
         extract(folder.asked(tmp_path / "store"))
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_perceptual_hashes_are_kept_of_the_pixels_that_the_first_backbone_was_fed(
+    tmp_path: Path, folder: Folder
+) -> None:
+    store = folder.extract(tmp_path / "store")
+    bad = store.paths.index("a/30.png")
+    assert store.has_perceptual.tolist() == store.valid.tolist() and store.perceptual[bad] == 0
+    assert store.perceptual.dtype == np.uint64
+    expected = [perceptual_hash(decode(folder.photos / store.paths[row], 8, 3)) for row in store.rows()]
+    assert store.perceptual[store.rows()].tolist() == expected and len(set(expected)) == 39
+    again = folder.extract(tmp_path / "store", "large")
+    assert np.array_equal(again.perceptual, store.perceptual), "the one of side 12 changes none"
+    Image.fromarray(colours(99)).save(folder.photos / "a/4.png")
+    (folder.photos / "b/7.png").write_bytes(b"no longer an image")
+    changed = folder.extract(tmp_path / "store", "large")
+    row, gone = (store.paths.index(path) for path in ("a/4.png", "b/7.png"))
+    assert changed.perceptual[row] == perceptual_hash(decode(folder.photos / "a/4.png", 12, 3))
+    assert not changed.has_perceptual[gone]
+    assert np.array_equal(np.delete(changed.perceptual, [row, gone]), np.delete(store.perceptual, [row, gone]))
+
+
+def test_a_store_from_before_perceptual_hashes_opens_and_gets_them_for_what_is_read(
+    tmp_path: Path, folder: Folder
+) -> None:
+    folder.extract(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    db = sqlite3.connect(tmp_path / "old/store.sqlite")
+    with db:
+        db.execute("ALTER TABLE images DROP COLUMN phash")
+    db.close()
+    old = FeatureStore.open(tmp_path / "old")
+    assert not old.has_perceptual.any() and not old.perceptual.any() and old.computed().all()
+    Image.fromarray(colours(98)).save(folder.photos / "b/99.png")
+    grown = folder.extract(tmp_path / "old")
+    assert np.flatnonzero(grown.has_perceptual).tolist() == [40], "nothing is read again for its sake"
+    assert content(folder.extract(tmp_path / "old", "two")) == content(folder.extract(tmp_path / "new", "one", "two"))
+
+
+def test_deep_grey_transparent_and_tiny_images_have_a_perceptual_hash(tmp_path: Path, folder: Folder) -> None:
+    grey = colours(50)[..., 0]
+    files = {
+        "deep": Image.fromarray(grey.astype(np.uint16) * 257),
+        "grey": Image.fromarray(grey),
+        "alpha": Image.fromarray(np.dstack([colours(51), grey])),
+        "tiny": Image.new("RGB", (1, 1), "red"),
+        "thin": Image.new("L", (1, 300)),
+    }
+    for name, image in files.items():
+        image.save(folder.photos / f"{name}.png")
+    store = folder.extract(tmp_path / "store")
+    found = {name: store.paths.index(f"{name}.png") for name in files}
+    assert store.has_perceptual[list(found.values())].all()
+    assert store.perceptual[found["deep"]] == store.perceptual[found["grey"]]
+    assert store.has_perceptual.sum() == 44
