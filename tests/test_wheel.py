@@ -45,6 +45,12 @@ def test_conf_is_inside_and_nothing_else_comes_along(installed):
     assert {name for name in tops if not name.endswith(".dist-info")} == {"deepclust"}
 
 
+def test_what_reports_are_made_of_is_inside(installed):
+    for path in (ROOT / "deepclust/report").iterdir():
+        if path.is_file():
+            assert (installed / "deepclust" / "report" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_the_installed_package_finds_its_configuration(installed):
     result = run(installed, "list", "head")
     assert result.returncode == 0 and "simclr" in result.stdout, result.stderr

@@ -15,14 +15,21 @@ from deepclust.folder.run import FolderRun
 from deepclust.folder.shown import Closeness, choose, closeness, duplicate_groups
 from deepclust.folder.state import NOISE, State
 from deepclust.report.gallery import MAX_GALLERIES, Gallery, strip_html
+from deepclust.report.map import Legend, Thumbs, map_section, spread
 from deepclust.report.page import Row, Section, scores_table, write_report
+from deepclust.report.palette import NOISE_COLOUR, palette
 from deepclust.report.plots import Bar, curve
 
 TILES, MOST, FEWEST = 480, 24, 3
 """Images of all galleries together, and the most and fewest of one."""
 GROUPS, COPIES = 50, 3
 """Groups of near-duplicates that are shown, and images of each."""
-SIDE = 96
+SIDE, SMALL = 96, 48
+"""Pixels along the sides of a thumbnail in a gallery, and on the map."""
+ON_MAP, MAP_SECONDS = 1200, 2.0
+"""Thumbnails of the map at most, and about how long decoding them may take on one core."""
+FILE_SECONDS, BYTE_SECONDS = 0.8e-3, 1.6e-8
+"""What decoding a file costs, and each of its bytes."""
 PARTS = ("Most typical", "Borderline", "Outliers")
 NOISE_PARTS = ("Nearest to a cluster", "Least certain", "Farthest from every cluster")
 
@@ -34,17 +41,31 @@ class Thumbnails:
         self.root, self.paths = run.root, run.store.paths
         self.images: dict[int, np.ndarray] = {}
 
-    def read(self, rows: Iterable[int], side: int = SIDE) -> None:
-        """Decodes what is not there yet, on several threads."""
+    def read(self, rows: Iterable[int]) -> None:
+        """Decodes what is not there yet."""
         wanted = [row for row in dict.fromkeys(rows) if row not in self.images]
+        self.images.update(zip(wanted, self._decode(wanted, SIDE)))
+
+    def small(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Images for the map; what is there in the size of a gallery is made smaller."""
+        wanted = [row for row in rows if row not in self.images]
+        found = dict(zip(wanted, self._decode(wanted, SMALL)))
+        factor = SIDE // SMALL
+        for row in set(rows) - set(wanted):
+            blocks = self.images[row].reshape(3, SMALL, factor, SMALL, factor)
+            found[row] = np.rint(blocks.mean((2, 4))).astype(np.uint8)
+        return [found[row] for row in rows]
+
+    def _decode(self, rows: Sequence[int], side: int) -> list[np.ndarray]:
+        """uint8 (3, side, side) of each row, on several threads."""
 
         def one(place: int) -> np.ndarray:
             try:
-                return decode(self.root / self.paths[wanted[place]], side, 3)
+                return decode(self.root / self.paths[rows[place]], side, 3)
             except UnreadableImage:
                 return np.full((3, side, side), 200, dtype=np.uint8)
 
-        self.images.update(zip(wanted, in_threads(one, len(wanted))))
+        return in_threads(one, len(rows))
 
 
 def write_page(run: FolderRun, state: State) -> None:
@@ -54,7 +75,8 @@ def write_page(run: FolderRun, state: State) -> None:
     """
     thumbnails = Thumbnails(run)
     near = closeness(run, state)
-    order = _order(state)
+    legend = _legend(state)
+    galleries = _galleries(run, state, near, thumbnails, legend)
     title = f"{run.root.resolve().name}: {len(state.ids)} clusters of {len(state.kept):,} images"
     write_report(
         run.path / "report.html",
@@ -66,8 +88,9 @@ def write_page(run: FolderRun, state: State) -> None:
         },
         cards=_cards(run, state),
         lead=_lead(run),
-        bars=[Bar(c, int((_clusters(state) == c).sum()), _title(state, c), _short(state, c)) for c in order],
-        galleries=_galleries(run, state, near, thumbnails, order),
+        bars=[Bar(each.cluster, each.size, each.title, each.label, each.colour) for each in legend],
+        galleries=galleries,
+        above=[_map(run, state, thumbnails, legend)],
         below=[
             Section("Near-duplicates", _duplicates(run, state, thumbnails)),
             Section("Number of clusters", _number(run.facts.get("number"))),
@@ -83,22 +106,41 @@ def _clusters(state: State) -> np.ndarray:
     return state.cluster[~state.excluded]
 
 
-def _order(state: State) -> list[int]:
-    """Clusters from the largest down, noise last."""
+def _legend(state: State) -> list[Legend]:
+    """Clusters from the largest down, noise last. A cluster keeps its colour as long as it has its id."""
     ids, sizes = np.unique(_clusters(state), return_counts=True)
-    found = ids[np.argsort(-sizes, kind="stable")].tolist()
-    return [each for each in found if each != NOISE] + [each for each in found if each == NOISE]
+    colours = palette(max(state.next_id, int(ids.max(initial=0)) + 1))
+    found = []
+    for place in np.argsort(np.where(ids == NOISE, 1, -sizes), kind="stable"):
+        cluster = int(ids[place])
+        colour = NOISE_COLOUR if cluster == NOISE else colours[cluster]
+        label = state.names.get(cluster) or ("noise" if cluster == NOISE else str(cluster))
+        found.append(Legend(cluster, _title(state, cluster), colour, int(sizes[place]), label))
+    return found
+
+
+def _map(run: FolderRun, state: State, thumbnails: Thumbnails, legend: Sequence[Legend]) -> Section:
+    """All images; those with a thumbnail lie all over the map. Near-duplicates get one last, large files cost more."""
+    kept = state.kept
+    rows, position, cluster = state.rows[kept], state.position[kept], state.cluster[kept]
+    order = spread(position, cluster, state.copy_of[kept] >= 0)[:ON_MAP]
+    cost = np.cumsum(FILE_SECONDS + BYTE_SECONDS * run.store.file_bytes[rows[order]])
+    places = order[cost <= MAP_SECONDS]
+    return map_section(
+        position,
+        cluster,
+        state.confidence[kept],
+        [printable(run.store.paths[row]) for row in rows.tolist()],
+        legend,
+        Thumbs(places.tolist(), thumbnails.small(rows[places].tolist())),
+        run.root.resolve().as_uri(),
+    )
 
 
 def _title(state: State, cluster: int) -> str:
     """`cluster 3` with a capital; a name as it was given."""
     title = state.title(cluster)
     return title if cluster in state.names else title.capitalize()
-
-
-def _short(state: State, cluster: int) -> str:
-    """What stands below a bar."""
-    return state.names.get(cluster) or ("noise" if cluster == NOISE else str(cluster))
 
 
 def _cards(run: FolderRun, state: State) -> dict[str, str]:
@@ -122,9 +164,10 @@ def _lead(run: FolderRun) -> list[str]:
 
 
 def _galleries(
-    run: FolderRun, state: State, near: Closeness, thumbnails: Thumbnails, order: Sequence[int]
+    run: FolderRun, state: State, near: Closeness, thumbnails: Thumbnails, legend: Sequence[Legend]
 ) -> list[Gallery]:
     """A gallery for each cluster; near-duplicates are shown once."""
+    order = [each.cluster for each in legend]
     shown = order[:MAX_GALLERIES]
     count = int(np.clip(TILES // max(len(shown), 1), FEWEST, MOST))
     members = {cluster: np.flatnonzero((state.cluster == cluster) & ~state.excluded) for cluster in order}
@@ -142,19 +185,20 @@ def _galleries(
         return f"{printable(run.store.paths[state.rows[place]])} ({', '.join(words)})"
 
     galleries = []
-    for cluster in order:
+    for cluster, title, colour, size, _ in legend:
         parts = chosen.get(cluster, [])
         names = NOISE_PARTS if cluster == NOISE else PARTS
         galleries.append(
             Gallery(
                 cluster,
-                len(members[cluster]),
+                size,
                 None if cluster == NOISE else float(state.confidence[members[cluster]].mean()),
                 [thumbnails.images[int(state.rows[place])] for part in parts for place in part],
                 [caption(int(place), number) for number, part in enumerate(parts) for place in part],
                 parts=[(name, len(part)) for name, part in zip(names, parts)],
-                title=_title(state, cluster),
+                title=title,
                 note=f"cluster {cluster}" if cluster in state.names else "",
+                colour=colour,
             )
         )
     return galleries

@@ -136,8 +136,13 @@ def _headline(summary: Mapping[str, Any], further: Mapping[str, str]) -> str:
     cards += [(escape(label), escape(text)) for label, text in further.items()]
     cards += [("Time", _figure("seconds", summary.get("seconds")))]
     cards += [("Memory", _figure("peak_memory_mb", summary.get("peak_memory_mb")))]
-    items = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in cards if value)
+    items = "".join(f"<div><dt>{label}</dt><dd{_long(value)}>{value}</dd></div>" for label, value in cards if value)
     return f'<dl class="headline">{items}</dl>' if items else ""
+
+
+def _long(text: str) -> str:
+    """Words in place of a figure are set smaller."""
+    return ' class="words"' if len(text) > 7 and not text[0].isdecimal() else ""
 
 
 def _long_tailed(summary: Mapping[str, Any]) -> bool:
