@@ -136,9 +136,13 @@ def _walk(root: Path, key: str) -> Iterator[str]:
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES:
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                is_folder, is_file = False, True
+            if is_folder:
                 waiting.append((name, (*ancestors, here)))
-            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+            elif is_file or (entry.is_symlink() and not os.path.exists(entry.path)):
                 yield name
 
 

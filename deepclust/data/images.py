@@ -2,18 +2,23 @@
 
 Conventions: alpha and transparent palettes lie on white; 16-bit grey is divided by 257; 32-bit integers and floats are
 taken as 0..1 (floats only), 0..255 or 0..65535, whichever is the first that holds their values; EXIF rotation is
-applied; animations give their first frame; colour profiles are not applied.
+applied; animations give their first frame; colour profiles are not applied. HEIC is read where pillow-heif is there,
+AVIF by a Pillow that can.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,8 +30,11 @@ from torch import Tensor
 from deepclust.errors import UserError
 
 EXTENSIONS = (
+    ".avif",
     ".bmp",
     ".gif",
+    ".heic",
+    ".heif",
     ".jfif",
     ".jpeg",
     ".jpg",
@@ -41,6 +49,11 @@ EXTENSIONS = (
 )
 # Named, because Pillow would hand a PostScript file called x.jpg to an outside program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+AVIF_BRANDS = (b"avif", b"avis")
+"""Major brands of ISO/IEC 23008-12 files, which begin with a box `ftyp`; `mif1` and `msf1` may hold either."""
+INSTALL_HEIF = "a HEIC image: pip install 'deepclust[heic]' lets it be read"
+INSTALL_AVIF = "an AVIF image: Pillow 11.3 or later reads it (pip install -U pillow)"
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,6 +68,9 @@ SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 EXIF_ORIENTATION = 0x0112
 POOL_BATCH = 1024
+LARGE = 40_000_000
+"""Pixels beyond which images are decoded one at a time: eight threads with such images would take gigabytes."""
+_HEIF, _LARGE = threading.Lock(), threading.Lock()
 Result = TypeVar("Result")
 
 # Pillow warns about large images and odd metadata on stderr, once per worker; what matters comes back as a reason.
@@ -101,20 +117,78 @@ def decode_file(path: str | Path, size: int, channels: int, hashing: bool = Fals
     try:
         _check_file(path)
         data = Path(path).read_bytes() if hashing else None
-        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
+        with _open(path if data is None else io.BytesIO(data)) as image:
             whole = image.size
-            image.draft(
-                None, (2 * size, 2 * size)
-            )  # JPEG decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
+            if image.format == "JPEG":  # decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
+                image.draft(None, (2 * size, 2 * size))
             sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-            image.load()
-            orientation = _orientation(image)
-            pixels = _crop(_eight_bit(_upright(image, orientation), sixteen_bit, channels), size)
+            with _LARGE if image.width * image.height > LARGE else nullcontext():
+                image.load()
+                orientation = _orientation(image)
+                pixels = _crop(_eight_bit(_upright(image, orientation), sixteen_bit, channels), size)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on a broken file
         raise UnreadableImage(str(path), _reason(error)) from error
     array = np.array(pixels).reshape(size, size, channels).transpose(2, 0, 1).copy()
     seen = whole[::-1] if orientation in SIDEWAYS else whole
     return Decoded(array, seen, b"" if data is None else hashlib.sha256(data).digest())
+
+
+def _open(file: str | Path | io.BytesIO) -> Image.Image:
+    """The image of a file by its content, whatever its name; HEIC and AVIF where there is something that reads them.
+
+    Raises UnidentifiedImageError for other kinds, ValueError where something has to be installed.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        head = _head(file)
+        if head[4:8] != b"ftyp" or head[8:12] not in HEIF_BRANDS + AVIF_BRANDS:
+            raise
+    readers = (*(["AVIF"] if _reads_avif() else []), *(["HEIF"] if _reads_heif() else []))
+    try:
+        if readers:
+            return Image.open(file, formats=readers)
+    except UnidentifiedImageError:
+        if len(readers) == 2:
+            raise
+    raise ValueError(INSTALL_AVIF if head[8:12] in AVIF_BRANDS else INSTALL_HEIF)
+
+
+def _head(file: str | Path | io.BytesIO) -> bytes:
+    """The first bytes of a file, which tell its kind."""
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+        return file.getvalue()[:16]
+    with open(file, "rb") as opened:
+        return opened.read(16)
+
+
+@cache
+def _reads_avif() -> bool:
+    from PIL import features
+
+    return bool(features.check("avif"))
+
+
+def _reads_heif() -> bool:
+    """Whether pillow-heif is there; it is made known to Pillow once, when the first such file comes."""
+    with _HEIF:
+        return _register_heif()
+
+
+@cache
+def _register_heif() -> bool:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def readable_now(reason: str) -> bool:
+    """Whether what an image was refused for has been installed since."""
+    return (reason == INSTALL_HEIF and _reads_heif()) or (reason == INSTALL_AVIF and _reads_avif())
 
 
 def _check_file(path: str | Path) -> None:
@@ -175,6 +249,8 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file (or a link that leads nowhere)"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "a link that leads to itself"
     if isinstance(error, PermissionError):
         return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):

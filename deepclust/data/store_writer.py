@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from deepclust.data.folders import Listing
-from deepclust.data.images import in_threads
+from deepclust.data.images import in_threads, readable_now
 from deepclust.data.store import (
     BLOCK,
     FORMAT,
@@ -135,7 +135,8 @@ class StoreWriter(FeatureStore):
         """Brings the table of images up to what the folder holds now, in one transaction.
 
         A file whose size and times are as before is taken as unchanged. Else, with `hashing`, its SHA-256 decides; and
-        without, or where none was kept, size and time of modification. Unreadable ones are tried again when touched.
+        without, or where none was kept, size and time of modification. Unreadable ones are tried again when touched,
+        or when what they lacked was installed.
         """
         states = in_threads(lambda place: file_state(listing.root / listing.paths[place]), len(listing.paths))
         known = {path: row for row, path in enumerate(self.paths)}
@@ -151,6 +152,7 @@ class StoreWriter(FeatureStore):
         returned = [row for row in found if self.status[row] == "deleted"]
         deleted = [row for row in range(len(self)) if row not in found and self.status[row] != "deleted"]
         anew = {row for row, _ in changed} | set(returned)
+        anew |= {row for row in found if self.status[row] == "unreadable" and readable_now(self.reasons[row])}
         with in_words(self.path), self._db as db:
             db.executemany("UPDATE images SET status = 'deleted', reason = NULL WHERE row = ?", [(r,) for r in deleted])
             db.executemany(

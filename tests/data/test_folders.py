@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deepclust.data import datasets
+from deepclust.data import datasets, folders
 from deepclust.data.folders import natural
 from deepclust.data.image_set import channel_statistics
 from deepclust.errors import UserError
@@ -121,6 +121,22 @@ def test_links_are_followed_but_not_in_circles(make_folder: MakeFolder, tmp_path
     Image.new("RGB", (5, 5)).save(outside / "3.png")
     (root / "c").symlink_to(outside)
     assert datasets.image_folder(str(root), size=8).train.paths == ["a/1.png", "a/b/2.png", "c/3.png"]
+    (root / "round").symlink_to("round")
+    (root / "round.png").symlink_to("round.png")
+    found = datasets.image_folder(str(root), size=8).train
+    assert found.num_ignored == 1 and [(each.path, each.reason) for each in found.skipped] == [
+        ("round.png", "a link that leads to itself")
+    ]
+
+
+def test_listings_are_sorted_as_the_names_in_them() -> None:
+    random = np.random.default_rng(0)
+    parts = ["", "a", "A", "ab", "1", "01", "10", "2", " ", "-", "é", "É", "ß", "²", "0", "\udce9", "."]
+    names = {
+        "/".join("".join(random.choice(parts, 3)) or "x" for _ in range(random.integers(1, 4))) for _ in range(3000)
+    }
+    expected = sorted(names, key=lambda name: [natural(part) for part in name.split("/")])
+    assert sorted(names, key=folders._order) == expected
 
 
 def damaged(make_folder: MakeFolder) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from deepclust.data.images import UnreadableImage, all_grey, decode, decode_all
+from deepclust.data import images as module
+from deepclust.data.images import UnreadableImage, all_grey, decode, decode_all, in_threads, readable_now
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -273,6 +276,12 @@ def test_a_file_without_permission_is_named(unprivileged: Path) -> None:
         decode(path, 16, 3)
 
 
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.png").symlink_to("x.png")
+    with pytest.raises(UnreadableImage, match="a link that leads to itself"):
+        rgb(tmp_path / "x.png")
+
+
 def test_the_pool_keeps_order_and_says_what_failed(tmp_path: Path) -> None:
     files = []
     for value in range(20):
@@ -295,3 +304,73 @@ def test_grey_throughout_is_noticed(tmp_path: Path) -> None:
     Image.fromarray(COLOURS).save(files[2])
     assert not all_grey(files)
     assert not all_grey(files[1:2]), "nothing readable says nothing"
+
+
+def heif(path: Path, **options: bytes) -> np.ndarray:
+    """Writes a HEIC file of 24 x 16 large pixels; gives them as (16, 24, 3)."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    pillow_heif.from_pillow(Image.fromarray(pixels)).save(path, quality=-1, **options)
+    return pixels
+
+
+@pytest.mark.parametrize("name", ["x.HEIC", "x.heif", "a phone's.jpg"])
+def test_heic_is_known_by_its_content_and_opened_in_every_thread(name: str, tmp_path: Path) -> None:
+    expected = heif(tmp_path / name)[:, 4:20]
+    module._register_heif.cache_clear()
+    for pixels in in_threads(lambda _: rgb(tmp_path / name), 8):
+        assert np.abs(pixels - expected.transpose(2, 0, 1)).mean() < 3
+    decoded = module.decode_file(tmp_path / name, 16, 3, hashing=True)
+    assert decoded.size == (24, 16) and np.array_equal(decoded.pixels, rgb(tmp_path / name))
+
+
+def test_heic_is_turned_once(tmp_path: Path) -> None:
+    """By a box of the file (ISO/IEC 23008-12, `irot`), which the decoder obeys; EXIF says it again."""
+    exif = Image.Exif()
+    exif[module.EXIF_ORIENTATION] = 6
+    upright = np.rot90(heif(tmp_path / "x.heic", exif=exif.tobytes()), -1)
+    assert module.decode_file(tmp_path / "x.heic", 16, 3).size == (16, 24)
+    assert np.abs(rgb(tmp_path / "x.heic") - upright[4:20].transpose(2, 0, 1)).mean() < 3
+
+
+def test_avif_is_read_where_pillow_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not module._reads_avif():
+        pytest.skip("this Pillow reads no AVIF")
+    Image.fromarray(COLOURS).save(tmp_path / "x.avif", quality=100)
+    assert np.abs(rgb(tmp_path / "x.avif") - COLOURS.transpose(2, 0, 1)).mean() < 6
+    for turn in (3, 6, 8):
+        exif = Image.Exif()
+        exif[module.EXIF_ORIENTATION] = turn
+        Image.fromarray(COLOURS).save(tmp_path / "turned.avif", quality=100, exif=exif)
+        by_pillow = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "turned.avif"))).transpose(2, 0, 1)
+        assert np.abs(rgb(tmp_path / "turned.avif") - by_pillow).max() <= 1
+
+
+@pytest.mark.parametrize(("brand", "advice"), [(b"heic", module.INSTALL_HEIF), (b"avif", module.INSTALL_AVIF)])
+def test_without_a_reader_the_advice_is_the_reason(
+    brand: bytes, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"\0\0\0\x1cftyp" + brand + bytes(100))
+    monkeypatch.setattr(module, "_reads_heif", lambda: False)
+    monkeypatch.setattr(module, "_reads_avif", lambda: False)
+    with pytest.raises(UnreadableImage) as caught:
+        rgb(tmp_path / "x.jpg")
+    assert caught.value.reason == advice and not readable_now(advice)
+    monkeypatch.setattr(module, f"_reads_{'heif' if brand == b'heic' else 'avif'}", lambda: True)
+    assert readable_now(advice) and not readable_now("truncated")
+    monkeypatch.undo()
+    with pytest.raises(UnreadableImage):
+        rgb(tmp_path / "x.jpg")  # no more than a beginning
+
+
+def test_nothing_is_imported_for_heic_before_such_a_file_comes(tmp_path: Path) -> None:
+    Image.fromarray(COLOURS).save(tmp_path / "x.png")
+    (tmp_path / "x.jpg").write_bytes(b"no image, but long enough to be one")
+    code = f"""
+import sys
+from deepclust.data.images import decode_all
+decode_all([{str(tmp_path / "x.png")!r}, {str(tmp_path / "x.jpg")!r}], 8, 3, True)
+assert "pillow_heif" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

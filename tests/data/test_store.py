@@ -523,3 +523,26 @@ def test_deep_grey_transparent_and_tiny_images_have_a_perceptual_hash(tmp_path: 
     assert store.has_perceptual[list(found.values())].all()
     assert store.perceptual[found["deep"]] == store.perceptual[found["grey"]]
     assert store.has_perceptual.sum() == 44
+
+
+def test_images_are_tried_again_once_their_reader_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepclust.data import images
+
+    root = tmp_path / "photos"
+    root.mkdir()
+    Image.fromarray(colours(0)).save(root / "a.png")
+    (root / "b.heic").write_bytes(b"\0\0\0\x1cftypheic" + bytes(100))
+    (tmp_path / "nets.py").write_text(NETS)
+    asked = Asked(root, tmp_path / "store", [f"{tmp_path / 'nets.py'}:one"])
+    monkeypatch.setattr(images, "_reads_heif", lambda: False)
+    for _ in range(2):
+        assert extract(asked) == 0
+        store = FeatureStore.open(tmp_path / "store")
+        assert store.status.tolist() == ["ok", "unreadable"] and "deepclust[heic]" in store.reasons[1]
+    Image.fromarray(colours(1)).save(tmp_path / "x.png")
+    state = os.stat(root / "b.heic")
+    monkeypatch.setattr(images, "_reads_heif", lambda: True)
+    monkeypatch.setattr(images, "_open", lambda file: Image.open(tmp_path / "x.png"))
+    assert extract(asked) == 0 and os.stat(root / "b.heic").st_mtime_ns == state.st_mtime_ns
+    store = FeatureStore.open(tmp_path / "store")
+    assert store.status.tolist() == ["ok", "ok"] and store.computed().all()
