@@ -199,10 +199,10 @@ def test_bad_folders_are_refused_in_words(make_folder: MakeFolder, tmp_path: Pat
     (root / "b.png").write_bytes(b"")
     text = refusal(root)
     assert "none of the 2 images can be read" in text and "b.png: empty file" in text
-    (root / "a.png").rename(root / "a.heic")
-    (root / "b.png").rename(root / "b.heic")
+    (root / "a.png").rename(root / "a.cr2")
+    (root / "b.png").rename(root / "b.cr2")
     text = refusal(root)
-    assert "no image among 2 files (2 .heic)" in text and ".jpg" in text
+    assert "no image among 2 files (2 .cr2)" in text and ".jpg" in text
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / ".hidden.png").write_bytes(b"x")
     assert "is empty" in refusal(tmp_path / "bare")
