@@ -255,6 +255,8 @@ def checkpoint(words: list[str]) -> int:
 
 def predict(words: list[str]) -> int:
     """`predict RUN PATH [-o clusters.csv]`"""
+    from deepclust.folder.options import count
+
     parser = _Parser(
         "deepclust predict",
         description="Clusters of any number of new images with the model of a run, as a CSV or Parquet file. After a "
@@ -274,8 +276,8 @@ def predict(words: list[str]) -> int:
     add("--backbone", metavar="NAME", help="what made the features that the model learned, if it is elsewhere now")
     add("--weights", metavar="FILE", help="its local file of weights")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    add("--batch-size", type=_count, metavar="B", help="default: that of the features, or what suits the images")
-    add("--workers", type=_count, metavar="N", help="threads that decode; default: one a core, at most 8")
+    add("--batch-size", type=count, metavar="B", help="default: that of the features, or what suits the images")
+    add("--workers", type=count, metavar="N", help="threads that decode; default: one a core, at most 8")
     add("--trust", action="append", default=[], help="a module of your own that the model needs")
     asked = parser.parse_args(words)
     for path in (asked.run, asked.data):
@@ -294,48 +296,30 @@ def features(words: list[str]) -> int:
         description="Features of a folder of images in a store, made once. Asking again adds what is new, computes "
         "what changed and marks what is gone; after a stop the same command goes on.",
     )
-    add = parser.add_argument
-    add("images", type=Path, help="a folder of images")
-    add(
-        "--backbone",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a timm model (default: vit_small_patch16_224.dino), a run folder or its model.safetensors, or "
-        "FILE.py:FUNCTION, which gives a torch module; may be given several times",
-    )
-    add("--weights", action="append", default=[], metavar="FILE", help="a local file, one for each timm model")
-    add("--size", type=_count, metavar="PX", help="side of the images that are fed; default: the backbone's own")
-    add("--store", type=Path, metavar="DIR", help="default: outputs/features-<name of the folder>")
-    add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored features")
-    add("--batch-size", type=_count, metavar="B", help="at most 256; default: 32, and 256 on a GPU")
-    add("--workers", type=_count, metavar="N", help="threads that decode; default: one a core, at most 8")
-    add("--no-hash", action="store_true", help="no SHA-256 of the files: size and time tell what changed")
-    add("--train", action="store_true", help="without weights, train a backbone on these images first (SimCLR)")
+    from deepclust.folder.options import add_feature_options, feature_options
+
+    add_feature_options(parser)
     asked = parser.parse_args(words)
-    from deepclust.extract import Asked, extract
+    from deepclust.extract import extract
 
-    return extract(
-        Asked(
-            asked.images,
-            asked.store,
-            asked.backbone,
-            asked.weights,
-            asked.size,
-            asked.dtype,
-            asked.batch_size,
-            asked.workers,
-            not asked.no_hash,
-            asked.train,
-        )
+    return extract(feature_options(asked))
+
+
+def cluster(words: list[str]) -> int:
+    """`cluster IMAGES [-k N|auto] [--sort copy|symlink] [--append] [--noise]`"""
+    parser = _Parser(
+        "deepclust cluster",
+        description="Clusters of a folder of images: clusters.csv, clusters.parquet and a report with a map. Features "
+        "are made once and kept, so that another -k takes seconds. After a stop the same command goes on.",
     )
+    from deepclust.folder.options import add_cluster_options, cluster_options
 
+    add_cluster_options(parser)
+    asked = parser.parse_args(words)
+    wanted = cluster_options(asked)
+    from deepclust.folder.cluster import cluster as cluster_folder
 
-def _count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
+    return cluster_folder(wanted)
 
 
 def doctor(words: list[str]) -> int:
@@ -355,6 +339,7 @@ def doctor(words: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "train": (train, "train [key=value ...]", "train, cluster, evaluate, report"),
     "predict": (predict, "predict RUN PATH [-o clusters.csv]", "clusters of new images, any number of them"),
+    "cluster": (cluster, "cluster IMAGES [-k N]", "clusters, a table and a report of a folder of images"),
     "features": (features, "features IMAGES [--backbone NAME ...]", "a folder's features, once, in a store"),
     "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
     "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),

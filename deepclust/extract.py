@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,15 +70,28 @@ class Task:
     batch_size: int
 
 
+class Filled(NamedTuple):
+    """store: its folder. backbones: names in it of those asked for. stopped: with Ctrl-C, before all was done."""
+
+    store: Path
+    backbones: list[str]
+    stopped: bool
+
+
 def extract(asked: Asked, console: ConsoleLogger | None = None) -> int:
     """Brings a store up to date with its folder and the backbones asked for. Returns 0, or 143 where it was stopped.
 
     Raises UserError: nothing to read, no such backbone, weights that cannot be had, a store that cannot be used.
     """
-    console = console or ConsoleLogger()
+    return STOPPED if fill(asked, console or ConsoleLogger()).stopped else FINISHED
+
+
+def fill(asked: Asked, console: ConsoleLogger, rest: Callable[[int], float] | None = None) -> Filled:
+    """The same for those that go on with the store. rest: seconds that this will take for so many images."""
     listing = list_folder(str(asked.folder), key="")
     encoders, missing = _encoders(asked)
-    path = asked.store or Path("outputs") / f"features-{listing.root.resolve().name or 'images'}"
+    path = asked.store or default_store(listing.root)
+    tasks: list[Task] = []
     with StoreWriter.create(path, listing.root) as store:
         try:
             if missing:
@@ -86,17 +99,24 @@ def extract(asked: Asked, console: ConsoleLogger | None = None) -> int:
             changes = store.update(listing, asked.hashing)
             _introduce(store, changes, listing.num_ignored, console)
             tasks = [_task(store, encoder, asked, console) for encoder in encoders]
-            _compute(store, tasks, asked, console)
+            _compute(
+                store, tasks, asked, console, 0.0 if rest is None else rest(int((store.status != "deleted").sum()))
+            )
         except KeyboardInterrupt:
             console.finish("stopped")
             done = [f"{store.computed(name).sum():,} of {len(store):,} images by {name}" for name in store.backbones]
             there = "; ".join(done) or "no features yet"
             console.message(f"Stopped. In {store.path}: {there}. The same command goes on from there.", "warning")
-            return STOPPED
-        _conclude(store, tasks, console)
+            return Filled(path, [task.stored.name for task in tasks], True)
+        _conclude(store, tasks, console, hint=rest is None)
         if not store.valid.any():
             raise UserError(f"{store.root}: none of the images can be read")
-    return FINISHED
+    return Filled(path, [task.stored.name for task in tasks], False)
+
+
+def default_store(root: Path) -> Path:
+    """Where the features of a folder go if nothing else is said."""
+    return Path("outputs") / f"features-{root.resolve().name or 'images'}"
 
 
 def _encoders(asked: Asked) -> tuple[list[Encoder], str]:
@@ -113,7 +133,7 @@ def _encoders(asked: Asked) -> tuple[list[Encoder], str]:
             found.append(find_encoder(name, weights, asked.size))
         except NoWeights as error:
             missing.append(str(error))
-    if missing and not asked.train:
+    if missing and asked.backbones and not asked.train:
         ways = (
             "Ways out: --weights FILE gives a local file (.safetensors, .pt); --backbone RUN takes a model that "
             "deepclust trained; --train trains one on these images first; or run this where there is a network"
@@ -188,14 +208,16 @@ def _task(store: StoreWriter, encoder: Encoder, asked: Asked, console: ConsoleLo
     return Task(encoder, stored, stale, min(BLOCK, asked.batch_size or made["batch_size"]))
 
 
-def _compute(store: StoreWriter, tasks: Sequence[Task], asked: Asked, console: ConsoleLogger) -> None:
-    """All that is out of date. Encoders that are fed alike share the decoding."""
+def _compute(
+    store: StoreWriter, tasks: Sequence[Task], asked: Asked, console: ConsoleLogger, rest: float = 0.0
+) -> None:
+    """All that is out of date. Encoders that are fed alike share the decoding. rest: seconds of what comes behind."""
     tasks = [task for task in tasks if task.stale.any()]
     groups: dict[tuple[int, int, int], list[Task]] = {}
     for task in tasks:
         groups.setdefault((task.encoder.side, task.encoder.channels, task.batch_size), []).append(task)
     plans = [(key, group, _jobs(store, group, key[2])) for key, group in groups.items()]
-    progress = Progress(console, sum(len(job.rows) for _, _, jobs in plans for job in jobs))
+    progress = Progress(console, sum(len(job.rows) for _, _, jobs in plans for job in jobs), rest=rest)
     for (side, channels, _), group, jobs in plans:
         workers = asked.workers or num_decoders()
         batches = decode_ahead(jobs, store.root, store.paths, side, channels, asked.hashing, workers)
@@ -268,7 +290,10 @@ def _feed(store: StoreWriter, group: Sequence[Task], batch: Batch, found: dict[s
 
 
 class Progress:
-    """The bar, and once a few batches are through, how long it will take. clock: seconds. stage: what the bar says."""
+    """The bar, and how long it takes once a few batches are through.
+
+    clock: seconds. stage: what the bar says. rest: seconds of what comes behind.
+    """
 
     def __init__(
         self,
@@ -276,8 +301,9 @@ class Progress:
         total: int,
         clock: Callable[[], float] = time.monotonic,
         stage: str = "features",
+        rest: float = 0.0,
     ) -> None:
-        self.console, self.total, self.clock, self.stage = console, total, clock, stage
+        self.console, self.total, self.clock, self.stage, self.rest = console, total, clock, stage, rest
         self.done = self.batches = 0
         self.began: tuple[float, int] | None = None
         self.estimated = False
@@ -294,9 +320,11 @@ class Progress:
         rate = images / max(seconds, 1e-9)
         if not self.estimated and self.batches > PROBE_BATCHES and seconds >= PROBE_SECONDS:
             self.estimated = True
-            left = round((self.total - self.done) / rate)
-            text = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            self.console.message(f"about {text} (h:mm:ss) for {self.total - self.done:,} images, {rate:,.0f} a second")
+            left = (self.total - self.done) / rate
+            text = f"about {clock_time(left)} (h:mm:ss) for {self.total - self.done:,} images, {rate:,.0f} a second"
+            if self.rest:
+                text += f"; with what comes then about {clock_time(left + self.rest)} in all"
+            self.console.message(text)
         where = {"stage_step": self.done, "stage_steps": self.total, "images_per_second": rate}
         self.console.log(where, self.done, self.stage)
 
@@ -305,14 +333,20 @@ class Progress:
         self.console.finish("finished")
 
 
-def _conclude(store: StoreWriter, tasks: Sequence[Task], console: ConsoleLogger) -> None:
-    """What could not be read, what there is, and what it is good for."""
+def clock_time(seconds: float) -> str:
+    """h:mm:ss"""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _conclude(store: StoreWriter, tasks: Sequence[Task], console: ConsoleLogger, hint: bool) -> None:
+    """What could not be read, what there is, and with `hint` what it is good for."""
     bad = np.flatnonzero(store.status == "unreadable").tolist()
     if bad:
         lines = [f"\n  {printable(store.paths[row])}: {store.reasons.get(row)}" for row in bad[:NAMED]]
         more = f"\n  and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
         console.message(f"{len(bad):,} unreadable image(s) left out:{''.join(lines)}{more}", "warning")
-    for task in tasks:
+    for task in tasks if hint else ():
         usable = len(store.rows(task.stored.name))
         choice = f" data.backbone={task.stored.name}" if len(store.backbones) > 1 else ""
         console.message(f"{usable:,} images by {task.stored.name}: data=features data.file={store.path}{choice}")

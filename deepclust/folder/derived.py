@@ -86,6 +86,15 @@ class Derived:
         """(n, 2) float32 positions on a t-SNE map (van der Maaten and Hinton 2008) of the landmarks."""
         return self._kept("map", self._map, "a map")["positions"]
 
+    @cached_property
+    def outlying(self) -> np.ndarray:
+        """(n,) bool: images that lie far sparser than their nearest landmarks do.
+
+        Their local outlier factor (Breunig et al. 2000) among 20 neighbours, fewer of few landmarks, is more than three
+        times the interquartile range above the upper quartile of the landmarks' (Tukey's rule for what is far out).
+        """
+        return self._kept("outliers", self._outliers, "outliers")["outlying"]
+
     def _kept(self, name: str, make: Callable[[], Arrays], words: str) -> Arrays:
         """A part from disk, or made now and kept."""
         path = self.store.path / "derived" / f"{name}-{self.backbone}.npz"
@@ -107,7 +116,7 @@ class Derived:
     def _project(self) -> Arrays:
         features = self.store.features(self.backbone)
         basis = leading_directions(features, self.rows, NUM_COMPONENTS)
-        parts = [project(_unit(features, part), basis) for part in _chunks(self.rows)]
+        parts = [project(unit_rows(features, part), basis) for part in _chunks(self.rows)]
         return {"basis": basis.numpy(), "x": torch.cat(parts).numpy()}
 
     def _neighbors(self) -> Arrays:
@@ -125,6 +134,24 @@ class Derived:
         bank = self.x[torch.from_numpy(self.landmarks)]
         values, places = knn(self.x, bank, k=min(NUM_NEIGHBORS, len(bank)))
         return {"values": values.numpy(), "places": places.numpy()}
+
+    def _outliers(self) -> Arrays:
+        from sklearn.neighbors import LocalOutlierFactor
+
+        from deepclust.clusterers import calm
+
+        if len(self.landmarks) < 5:
+            return {"outlying": np.zeros(len(self), dtype=bool)}
+        with calm():
+            model = LocalOutlierFactor(max(3, min(20, len(self.landmarks) // 10)), novelty=True)
+            own = model.fit(self.x[torch.from_numpy(self.landmarks)].numpy()).negative_outlier_factor_
+            others = np.setdiff1d(np.arange(len(self)), self.landmarks)
+            factors = np.empty(len(self))
+            factors[self.landmarks] = -own
+            if len(others):
+                factors[others] = -model.score_samples(self.x[torch.from_numpy(others)].numpy())
+        low, high = np.percentile(-own, [25, 75])
+        return {"outlying": factors > high + 3 * (high - low)}
 
     def _map(self) -> Arrays:
         placed = embed(self.x[torch.from_numpy(self.landmarks)].numpy())
@@ -144,7 +171,8 @@ def neighbors_among(derived: Derived, rows: np.ndarray) -> tuple[np.ndarray, np.
     return values.numpy(), places.numpy()
 
 
-def _unit(features: np.ndarray, rows: np.ndarray) -> Tensor:
+def unit_rows(features: np.ndarray, rows: np.ndarray) -> Tensor:
+    """(n, D) float32 of length one: some rows of a store's features."""
     return F.normalize(torch.from_numpy(np.asarray(features[rows], dtype=np.float32)), dim=1)
 
 
@@ -159,7 +187,7 @@ def leading_directions(features: np.ndarray, rows: np.ndarray, num: int) -> Tens
         return torch.eye(dim)
     total = torch.zeros(dim, dim, dtype=torch.float64)
     for part in _chunks(rows):
-        x = _unit(features, part)
+        x = unit_rows(features, part)
         total += (x.T @ x).double()
     return torch.linalg.eigh(total).eigenvectors[:, -num:].flip(1).float().contiguous()
 

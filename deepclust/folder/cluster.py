@@ -1,0 +1,307 @@
+"""`deepclust cluster`: from a folder of images to clusters, a table, a map and a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepclust.clusterers import cluster as cluster_rows
+from deepclust.data.folders import list_folder, printable
+from deepclust.data.store import FeatureStore
+from deepclust.errors import UserError
+from deepclust.eval.choice import DEFAULT, choose, criteria
+from deepclust.extract import FINISHED, STOPPED, Asked, clock_time, default_store, fill
+from deepclust.folder.derived import Derived
+from deepclust.folder.grow import append, inherit
+from deepclust.folder.run import FolderRun
+from deepclust.folder.speed import seconds_for
+from deepclust.folder.state import NOISE, State
+from deepclust.folder.votes import Landmarks, trust_in
+from deepclust.heads.votes import vote
+from deepclust.loggers.console import ConsoleLogger
+from deepclust.run_folder import release_lock, take_lock
+
+CANDIDATES = ("spectral", "spherical_kmeans", "ward")
+HEADS = {
+    "neighbor_agreement": "agreement",
+    "silhouette": "silhouette",
+    "consensus": "consensus",
+    "self_prediction": "prediction",
+}
+"""Criteria that are shown, in %."""
+SHOWN = 20
+CHUNK = 8192
+
+
+@dataclass
+class Wanted:
+    """What the command line asks for. num_clusters: K, None for auto. out: the run's folder. sort: copy or symlink."""
+
+    features: Asked
+    num_clusters: int | None = None
+    out: Path | None = None
+    sort: str | None = None
+    append: bool = False
+    noise: bool = False
+    new: bool = False
+    clusterers: tuple[str, ...] = CANDIDATES
+    seed: int = 0
+
+    def told(self) -> dict[str, Any]:
+        """What changes the clusters or the files, as run.json keeps it."""
+        number = self.num_clusters or "auto"
+        return {"num_clusters": number, "noise": self.noise, "sort": self.sort, "seed": self.seed} | {
+            "clusterers": list(self.clusterers)
+        }
+
+
+@dataclass
+class Found:
+    """Clusters of the landmarks: labels (m,) from 0, the largest first; and how they came about."""
+
+    labels: np.ndarray
+    method: str
+    choice: dict[str, dict[str, float]]
+    number: dict[str, Any] | None
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each part of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began
+
+
+def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
+    """Clusters a folder. Returns 0, or 143 where it was stopped.
+
+    Raises UserError: nothing to read, more clusters than images, a run of other images or one that was edited.
+    """
+    console, watch = console or ConsoleLogger(), Stopwatch()
+    listing = list_folder(str(wanted.features.folder), key="")
+    if wanted.num_clusters is not None and not 2 <= wanted.num_clusters < len(listing.paths):
+        raise UserError(
+            f"-k {wanted.num_clusters}: {printable(str(listing.root))} holds {len(listing.paths):,} images; "
+            f"choose from 2 to {max(2, len(listing.paths) - 1):,}, or -k auto"
+        )
+    out = wanted.out or default_run(listing.root, wanted.num_clusters)
+    before = _existing(out, wanted)
+    console.message(_plan(wanted, listing.root, len(listing.paths), out, before))
+    out.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(out, "--out ")
+    try:
+        with watch("features"):
+            filled = fill(wanted.features, console, lambda count: seconds_for(count, wanted.num_clusters))
+        if filled.stopped:
+            return STOPPED
+        return _cluster(wanted, filled.store, filled.backbones[0], out, before, watch, console)
+    except KeyboardInterrupt:
+        console.finish("stopped")
+        console.message("Stopped. The features are kept; the same command goes on from there.", "warning")
+        return STOPPED
+    finally:
+        release_lock(out, lock)
+
+
+def default_run(root: Path, num_clusters: int | None) -> Path:
+    """Where the clusters of a folder go if nothing else is said."""
+    return Path("outputs") / f"clusters-{root.resolve().name or 'images'}-k{num_clusters or 'auto'}"
+
+
+def _existing(out: Path, wanted: Wanted) -> FolderRun | None:
+    """The run that is at this place, None where there is none or where a new one is asked for."""
+    try:
+        run = FolderRun.open(out)
+        run.history.current()
+    except UserError:
+        if wanted.append:
+            raise UserError(
+                f"--append: there are no clusters in {out} yet; leave it out, or give their folder with --out"
+            ) from None
+        ours = (out / "run.json").exists() or (out / "history").exists()
+        if not ours and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise UserError(f"--out {out} holds other files; choose another folder") from None
+        return None
+    return None if wanted.new else run
+
+
+def _plan(wanted: Wanted, root: Path, count: int, out: Path, before: FolderRun | None) -> str:
+    """What will be done, in words."""
+    store = wanted.features.store or default_store(root)
+    number = f"{wanted.num_clusters} clusters" if wanted.num_clusters else "as many clusters as the images tell"
+    if wanted.append:
+        steps = [f"new images into the clusters of {out}"]
+    else:
+        steps = [
+            "near-duplicates grouped, a map",
+            f"{number}, by {', '.join(wanted.clusterers)}; the best is chosen without labels",
+        ]
+    steps.append(
+        f"clusters.csv, clusters.parquet, report.html{f', sorted/ ({wanted.sort})' if wanted.sort else ''} in {out}"
+    )
+    there = "kept and brought up to date" if (store / "store.sqlite").exists() else "made once and kept"
+    lines = [f"{count:,} images in {printable(str(root))}", f"  1  features, {there} in {store}"]
+    lines += [f"  {place}  {step}" for place, step in enumerate(steps, 2)]
+    if before is not None and not wanted.append:
+        lines.append("clusters that were found before keep their numbers where they are found again")
+    return "\n".join(lines)
+
+
+def _cluster(
+    wanted: Wanted,
+    store_path: Path,
+    backbone: str,
+    out: Path,
+    before: FolderRun | None,
+    watch: Stopwatch,
+    console: ConsoleLogger,
+) -> int:
+    """What comes after the features."""
+    store = FeatureStore.open(store_path)
+    derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None)
+    if before is not None and before.facts["store"] != str(store.path.resolve()):
+        raise UserError(f"--out {out} holds clusters of {before.facts['root']}; choose another folder, or --new")
+    edited = before is not None and set(before.history.verbs) - {"cluster", "append"}
+    same = before is not None and before.facts.get("digest") == derived.key
+    if before is not None and not same and not wanted.append and edited:
+        raise UserError(
+            f"{out} was edited ({', '.join(before.history.verbs[1:])}) and the images changed since: --append keeps "
+            "the clusters and gives the new images a place; --new starts over"
+        )
+    if before is not None and same and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}:
+        run = FolderRun(out, {**before.facts, "asked": wanted.told()})
+        state = run.state()
+        console.message("nothing changed since; the files are written anew")
+        watch.seconds = {**before.facts.get("seconds", {}), **watch.seconds}
+        return _conclude(run, state, watch, console)
+    if wanted.append and before is not None:
+        run = FolderRun(out, {**before.facts, "scan": store.scan, "digest": derived.key})
+        with watch("append"):
+            state = append(before, derived)
+        run.history.push("append", state)
+        return _conclude(run, state, watch, console)
+    _check_number(wanted, derived)
+    found = _find(wanted, derived, watch, console)
+    with watch("confidence"):
+        landmarks, state = _carry(derived, found, wanted, store)
+    if before is not None:
+        state = inherit(before.state(), state)
+    facts = {"root": str(store.root), "store": str(store.path.resolve()), "backbone": backbone, "scan": store.scan}
+    facts |= {"digest": derived.key, "asked": wanted.told(), "clusterer": found.method, "choice": found.choice}
+    facts |= {"criterion": DEFAULT, "number": found.number, "seconds": {}}
+    run = FolderRun(out, facts)
+    landmarks.save(out)
+    run.history.clear()
+    run.history.push("cluster", state)
+    return _conclude(run, state, watch, console)
+
+
+def _check_number(wanted: Wanted, derived: Derived) -> None:
+    """Refuses more clusters than there are different images."""
+    count = len(derived.landmarks)
+    if count < 3 or (wanted.num_clusters or 2) >= count:
+        left = len(derived) - count
+        raise UserError(
+            f"-k {wanted.num_clusters or 'auto'}: {len(derived):,} images can be read"
+            f"{f', {left:,} of them near-duplicates of others' if left else ''}; {count:,} are too few for that"
+        )
+
+
+def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> Found:
+    """Clusters of the landmarks."""
+    with watch("neighbours and map"):
+        _ = derived.map, derived.neighbors  # made now, whatever k
+    x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
+    number, num_clusters = None, wanted.num_clusters
+    if num_clusters is None:
+        console.message("number of clusters ...")
+        from deepclust.eval.number import estimate_number  # pyright: ignore[reportMissingImports]
+
+        with watch("number"):
+            estimate = estimate_number(x, seed=wanted.seed)
+        num_clusters, number = estimate.k, estimate.plain()
+        console.message(estimate.statement)
+    clusterings, choice = {}, {}
+    with watch("cluster"):
+        for name in wanted.clusterers:
+            began = time.monotonic()
+            try:
+                clusterings[name] = cluster_rows(name, x, num_clusters, seed=wanted.seed).labels
+            except UserError as error:
+                console.message(f"{name} is left out: {error}", "warning")
+                continue
+            choice[name] = {"seconds": time.monotonic() - began}
+        measured = criteria(x, clusterings, seed=wanted.seed)
+    for name, figures in measured.items():
+        choice[name] |= figures
+    method = choose(measured)
+    columns = ["clusterer", *HEADS.values(), "seconds"]
+    rows = [
+        [name, *(round(100 * each[key], 1) for key in HEADS), round(each["seconds"], 1)]
+        for name, each in choice.items()
+    ]
+    console.table(f"chosen by {HEADS.get(DEFAULT, DEFAULT)}: {method}", columns, rows)
+    sizes = np.bincount(clusterings[method], minlength=num_clusters)
+    place = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
+    return Found(place[clusterings[method]], method, choice, number)
+
+
+def _carry(derived: Derived, found: Found, wanted: Wanted, store: FeatureStore) -> tuple[Landmarks, State]:
+    """Clusters of all images from those of the landmarks; near-duplicates have that of their original."""
+    x = derived.x[torch.from_numpy(derived.landmarks)]
+    trust = trust_in(x, found.labels, wanted.seed)
+    num_clusters = int(found.labels.max()) + 1
+    labels, weights = torch.from_numpy(found.labels), torch.from_numpy(trust)
+    values, places = derived.nearest
+    cluster, confidence = np.zeros(len(derived), dtype=np.int64), np.zeros(len(derived), dtype=np.float32)
+    for start in range(0, len(derived), CHUNK):
+        part = slice(start, start + CHUNK)
+        near = places[part]
+        most = vote(values[part], labels[near], weights[near], num_clusters).max(dim=1)
+        confidence[part], cluster[part] = most.values.numpy(), most.indices.numpy()
+    original = np.where(derived.copy_of >= 0, derived.copy_of, np.arange(len(derived)))
+    cluster, confidence = cluster[original], confidence[original]
+    if wanted.noise:
+        cluster = np.where(derived.outlying[original], NOISE, cluster)
+    landmarks = Landmarks(derived.rows[derived.landmarks], x.numpy().astype(np.float16), trust, derived.basis.numpy())
+    copies = np.where(derived.copy_of >= 0, derived.rows[derived.copy_of], -1)
+    nobody = np.zeros(len(derived), dtype=bool)
+    return landmarks, State(derived.rows, cluster, confidence, derived.map, copies, nobody, {}, num_clusters)
+
+
+def _conclude(run: FolderRun, state: State, watch: Stopwatch, console: ConsoleLogger) -> int:
+    """Writes the files and says what there is."""
+    from deepclust.folder.outputs import write_all  # pyright: ignore[reportMissingImports]
+
+    run.facts["seconds"] = watch.seconds
+    run.save()
+    with watch("files"):
+        write_all(run, state)
+    run.save()
+    kept = state.kept
+    counts = {each: int((state.cluster[kept] == each).sum()) for each in [*state.ids, NOISE]}
+    sure = {each: float(state.confidence[kept][state.cluster[kept] == each].mean()) for each in counts if counts[each]}
+    order = sorted((each for each in counts if counts[each]), key=lambda each: -counts[each])
+    rows = [[state.title(each), counts[each], round(100 * sure[each], 1)] for each in order[:SHOWN]]
+    console.table(f"{len(state.ids)} clusters", ["", "images", "mean confidence %"], rows)
+    if len(order) > SHOWN:
+        console.message(f"and {len(order) - SHOWN} more")
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
+    console.message(f"{clock_time(sum(watch.seconds.values()))} (h:mm:ss) in all; seconds: {parts}")
+    console.message(f"{run.path}/report.html  clusters.csv  clusters.parquet\nnext: deepclust edit {run.path}")
+    return FINISHED
