@@ -18,7 +18,7 @@ from deepclust.report import gallery, write_report
 from deepclust.report.gallery import Gallery, choose, make_galleries, sprite
 from deepclust.report.plots import curve, metric_curves
 
-VOID = {"meta", "link", "polyline"}
+VOID = {"meta", "link", "polyline", "input"}
 EVIL = "<script>alert(1)</script>\"'&"
 SUMMARY: dict[str, Any] = {
     "stages": {

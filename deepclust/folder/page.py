@@ -16,20 +16,22 @@ from deepclust.folder.shown import Closeness, choose, closeness, duplicate_group
 from deepclust.folder.state import NOISE, State
 from deepclust.report.gallery import MAX_GALLERIES, Gallery, strip_html
 from deepclust.report.map import Legend, Thumbs, map_section, spread
-from deepclust.report.page import Row, Section, scores_table, write_report
+from deepclust.report.page import Row, Section, figure_label, scores_table, write_report
 from deepclust.report.palette import NOISE_COLOUR, palette
 from deepclust.report.plots import Bar, curve
 
-TILES, MOST, FEWEST = 480, 24, 3
+TILES, MOST, FEWEST = 480, 20, 3
 """Images of all galleries together, and the most and fewest of one."""
 GROUPS, COPIES = 50, 3
 """Groups of near-duplicates that are shown, and images of each."""
 SIDE, SMALL = 96, 48
 """Pixels along the sides of a thumbnail in a gallery, and on the map."""
-ON_MAP, MAP_SECONDS = 1200, 2.0
-"""Thumbnails of the map at most, and about how long decoding them may take on one core."""
-FILE_SECONDS, BYTE_SECONDS = 0.8e-3, 1.6e-8
-"""What decoding a file costs, and each of its bytes."""
+ON_MAP = 1200
+"""Thumbnails of the map at most."""
+GALLERY_SECONDS, MAP_SECONDS = 6.0, 2.0
+"""About how long decoding may take on one core; of large photos fewer are shown."""
+FILE_SECONDS, BYTE_SECONDS = 0.6e-3, 1e-8
+"""What decoding a small image of a file takes, and each of its bytes (JPEG)."""
 PARTS = ("Most typical", "Borderline", "Outliers")
 NOISE_PARTS = ("Nearest to a cluster", "Least certain", "Farthest from every cluster")
 
@@ -124,8 +126,7 @@ def _map(run: FolderRun, state: State, thumbnails: Thumbnails, legend: Sequence[
     kept = state.kept
     rows, position, cluster = state.rows[kept], state.position[kept], state.cluster[kept]
     order = spread(position, cluster, state.copy_of[kept] >= 0)[:ON_MAP]
-    cost = np.cumsum(FILE_SECONDS + BYTE_SECONDS * run.store.file_bytes[rows[order]])
-    places = order[cost <= MAP_SECONDS]
+    places = order[np.cumsum(_seconds(run, rows[order])) <= MAP_SECONDS]
     return map_section(
         position,
         cluster,
@@ -147,7 +148,7 @@ def _cards(run: FolderRun, state: State) -> dict[str, str]:
     """Figures of the headline beside images, clusters and time."""
     counts = {
         "Noise": int((_clusters(state) == NOISE).sum()),
-        "Near-duplicates": int((state.copy_of[~state.excluded] >= 0).sum()),
+        "Duplicates": int((state.copy_of[~state.excluded] >= 0).sum()),
         "Left out": len(_left_out(run, state)),
     }
     shown = {key: f"{count:,}" for key, count in counts.items() if count or key != "Noise"}
@@ -163,13 +164,20 @@ def _lead(run: FolderRun) -> list[str]:
     return [f"Images in {printable(str(run.root))}. Features: {model}, {labels}."]
 
 
+def _seconds(run: FolderRun, rows: np.ndarray) -> np.ndarray:
+    """About how long each image takes to decode."""
+    return FILE_SECONDS + BYTE_SECONDS * run.store.file_bytes[rows]
+
+
 def _galleries(
     run: FolderRun, state: State, near: Closeness, thumbnails: Thumbnails, legend: Sequence[Legend]
 ) -> list[Gallery]:
     """A gallery for each cluster; near-duplicates are shown once."""
     order = [each.cluster for each in legend]
     shown = order[:MAX_GALLERIES]
-    count = int(np.clip(TILES // max(len(shown), 1), FEWEST, MOST))
+    seconds = _seconds(run, state.rows[state.kept])
+    tiles = min(TILES, GALLERY_SECONDS / seconds.mean()) if len(seconds) else 0
+    count = int(np.clip(tiles // max(len(shown), 1), FEWEST, MOST))
     members = {cluster: np.flatnonzero((state.cluster == cluster) & ~state.excluded) for cluster in order}
     chosen: dict[int, list[np.ndarray]] = {}
     for cluster in shown:
@@ -251,7 +259,7 @@ def _choice(facts: Mapping[str, Any]) -> str:
         for name, figures in choice.items()
     ]
     criterion = facts.get("criterion")
-    why = f"<p>Chosen without labels, by {escape(_words(str(criterion)))}.</p>" if criterion else ""
+    why = f"<p>Chosen without labels, by {escape(figure_label(str(criterion)).lower())}.</p>" if criterion else ""
     return scores_table(rows, [key for key in columns if key != "failed"], "chosen") + why
 
 

@@ -113,6 +113,7 @@ def _section(gallery: Gallery, side: int, lossless: bool) -> str:
     for part, count in parts:
         body += _tiles(part, tiles[start : start + count])
         start += count
+    body = f'<div class="parts">{body}</div>'
     return f'<section class="cluster{pixelated}" id="{name}" style="{style}">{head}{body}</section>'
 
 
@@ -137,7 +138,7 @@ def _cut(
 
 
 def _tiles(title: str, tiles: list[str]) -> str:
-    return f'<h4>{title}</h4><ul class="tiles">{"".join(tiles)}</ul>' if tiles else ""
+    return f'<div><h4>{title}</h4><ul class="tiles">{"".join(tiles)}</ul></div>' if tiles else ""
 
 
 def _tile(position: int, width: int, caption: str, title: str) -> str:

@@ -15,6 +15,7 @@ const sheet = data.thumbs ? new Image() : null;
 const slots = new Map(data.thumbs ? [...new Uint32Array(bytes(data.thumbs.places).buffer)].map((place, slot) => [place, slot]) : []);
 const still = { photos: slots.size > 0, labels: true };
 let width = 0, height = 0, ratio = 1, scale = 1, left = 0, top = 0, fitted = 1;
+let found = null; // 1 for each point that is looked for
 let pixels = null, current = -1, kept = false, marked = -1, colours = null, due = false, failures = 0, waiting = 0;
 
 /* Points in an order of their own, so that no cluster hides the others; noise lies below them. */
@@ -127,17 +128,17 @@ function drawPoints() {
   const wide = pixels.width, high = pixels.height, part = pixels.data, all = new Uint32Array(part.buffer);
   all.fill(packed(colours.paper));
   const { reach, whole, edge, shares } = disc(radius() * ratio, wide);
-  const inks = legend.map(({ rgb }, c) => {
-    const strong = marked >= 0 && marked !== c ? 0.14 : c === noise ? 0.6 : 0.92;
-    return rgb.map((value, i) => Math.round(colours.paper[i] + (value - colours.paper[i]) * strong));
-  });
-  const packs = inks.map(packed);
+  const mixed = (rgb, strong) => rgb.map((value, i) => Math.round(colours.paper[i] + (value - colours.paper[i]) * strong));
+  const faint = legend.map(({ rgb }) => mixed(rgb, 0.14));
+  const full = legend.map(({ rgb }, c) => (marked >= 0 && marked !== c ? faint[c] : mixed(rgb, c === noise ? 0.6 : 0.92)));
+  const inks = [...full, ...faint], packs = Uint32Array.from(inks, packed), clusters = legend.length;
   for (let n = 0; n < count; n++) {
     const i = order[n], c = cluster[i];
     if (!shown[c]) continue;
     const x = Math.round((xs[i] * scale + left) * ratio), y = Math.round((ys[i] * scale + top) * ratio);
     if (x < reach || y < reach || x >= wide - reach || y >= high - reach) continue;
-    const middle = y * wide + x, pack = packs[c], r = inks[c][0], g = inks[c][1], b = inks[c][2];
+    const middle = y * wide + x, which = found !== null && found[i] === 0 ? c + clusters : c;
+    const pack = packs[which], r = inks[which][0], g = inks[which][1], b = inks[which][2];
     for (let k = 0; k < whole.length; k++) all[middle + whole[k]] = pack;
     for (let k = 0; k < edge.length; k++) {
       const at = 4 * (middle + edge[k]), share = shares[k];
@@ -157,7 +158,7 @@ function drawPhotos(labels) {
   const size = width < 600 ? 30 : 40, apart = size * (scale > 4 * fitted ? 1.2 : 1.4), half = size / 2 + 3;
   const taken = new Map();
   for (const [i, slot] of slots) {
-    if (!shown[cluster[i]] || (marked >= 0 && marked !== cluster[i])) continue;
+    if (!shown[cluster[i]] || (marked >= 0 && marked !== cluster[i]) || (found && !found[i])) continue;
     const x = screenX(xs[i]), y = screenY(ys[i]);
     if (x < size / 2 || y < size / 2 || x > width - size / 2 || y > height - size / 2) continue;
     const column = Math.floor(x / apart), row = Math.floor(y / apart);

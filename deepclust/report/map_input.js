@@ -243,6 +243,25 @@ for (const button of box.querySelectorAll("[data-do]")) {
   });
 }
 
+/* Paths that hold a text stand out; Enter goes from one to the next. */
+const search = box.querySelector("input"), told = box.querySelector("output");
+function find() {
+  const text = search.value.trim().toLowerCase();
+  found = text ? Uint8Array.from({ length: count }, (_, i) => path(i).toLowerCase().includes(text)) : null;
+  const number = found ? found.reduce((sum, each) => sum + each, 0) : 0;
+  told.textContent = found ? `${number.toLocaleString("en")} found${number ? "; Enter shows them in turn" : ""}` : "";
+  draw();
+}
+search.addEventListener("input", find);
+search.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !found) return;
+  const next = found.indexOf(1, current + 1), i = next < 0 ? found.indexOf(1) : next;
+  if (i < 0) return;
+  toggle(cluster[i], true);
+  bring(i);
+  show(i, true);
+});
+
 /* An address that ends in #image=N opens the point of row N of clusters.csv. */
 function fromAddress() {
   const found = /^#image=(\d+)$/.exec(location.hash);

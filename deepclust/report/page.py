@@ -43,6 +43,8 @@ SHARES = {
 """Figures that are fractions, shown in %, in the order of the columns."""
 MAIN = ("acc", "nmi", "ari", "neighbor_agreement", "mean_confidence", "clusters_used", "seconds")
 SKIPPED_SHOWN = 200
+COMPACT = 4
+"""Galleries of so few images stand beside each other."""
 
 
 class Section(NamedTuple):
@@ -85,13 +87,14 @@ def write_report(
     path = Path(path)
     shown = [Gallery(*gallery) for gallery in galleries]
     bars = [(g.cluster, g.size) for g in shown] if bars is None else bars
+    compact = max((len(gallery.images) for gallery in shown), default=0) <= COMPACT
     sections = [
         Section("Results", _results(summary)),
         Section("Notes", _list(notes)),
         Section("Confidences", reliability_section(_kept(summary).get("calibration"))),
         *above,
         Section("Cluster sizes", size_bars(bars) if bars else ""),
-        Section("Clusters", galleries_html(shown) if shown else ""),
+        Section("Clusters", galleries_html(shown) if shown else "", "compact" if compact else ""),
         *below,
         Section("Training", "".join(curve(name, *values) for name, values in (curves or {}).items()), "curves"),
         Section("Images left out", _skipped(skipped)),
@@ -217,12 +220,13 @@ def _results(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _label(key: str) -> str:
+def figure_label(key: str) -> str:
+    """What a figure is called at the head of its column."""
     return {"clusters_used": "Clusters in use", "seconds": "Time"}.get(key) or SHARES.get(key) or key.replace("_", " ")
 
 
 def _table(columns: Sequence[str], body: str) -> str:
-    heads = "".join(f'<th scope="col" role="columnheader">{escape(_label(key))}</th>' for key in columns)
+    heads = "".join(f'<th scope="col" role="columnheader">{escape(figure_label(key))}</th>' for key in columns)
     head = f'<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Method</th>{heads}</tr></thead>'
     return f'<table role="table" class="scores">{head}{body}</table>'
 
@@ -247,7 +251,7 @@ def _row(row: Row, columns: Sequence[str], mark: str) -> str:
     if row.failed:
         cells = f'<td role="cell" class="failed" colspan="{len(columns)}">{escape(row.failed)}</td>'
     else:
-        cells = "".join(_cell(_label(key), _figure(key, row.figures.get(key))) for key in columns)
+        cells = "".join(_cell(figure_label(key), _figure(key, row.figures.get(key))) for key in columns)
     kind = ' class="is-kept"' if row.kept else ""
     return f'<tr role="row"{kind}><th scope="row" role="rowheader">{escape(row.name)}{note}</th>{cells}</tr>'
 
@@ -263,7 +267,7 @@ def _other_figures(stages: Sequence[Row], columns: Sequence[str]) -> str:
     for row in stages:
         rest = {key: _figure(key, value) for key, value in row.figures.items() if key not in columns}
         items = "".join(
-            f"<div><dt>{escape(_label(key))}</dt><dd>{text}</dd></div>" for key, text in rest.items() if text
+            f"<div><dt>{escape(figure_label(key))}</dt><dd>{text}</dd></div>" for key, text in rest.items() if text
         )
         recall = row.figures.get("class_recall")
         if isinstance(recall, Mapping):
