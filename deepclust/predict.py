@@ -113,7 +113,7 @@ def _resume(
     device = model.clusterer.device
     told = images.said if images else "a model of features"
     console.message(f"{what}{ignored}")
-    console.message(f"{asked.run}: {told}, {model.clusterer.num_clusters} clusters, on {device}")
+    console.message(f"{asked.run}: {told}, {model.num_clusters} clusters, on {device}")
     if images and model.of_features and model.stored is None:
         console.message(
             f"{model.why}; that --backbone {asked.backbone} made them is taken on trust, only their number fits",

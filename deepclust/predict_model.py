@@ -39,7 +39,7 @@ class RunModel:
     """A run's model. names: of clusters, by id; None for runs that name none. digest: SHA-256 of the model file.
 
     stored: what made the features that a model of features learned, None where that is not known and `why`, or for a
-    model of images.
+    model of images. num_named: how many clusters a run that may name them has now.
     """
 
     run: Path
@@ -48,6 +48,7 @@ class RunModel:
     names: dict[int, str] | None
     stored: StoredBackbone | None
     why: str = ""
+    num_named: int | None = None
 
     @property
     def of_features(self) -> bool:
@@ -58,6 +59,11 @@ class RunModel:
     def num_features(self) -> int:
         """D of the rows that a model of features wants."""
         return int(self.clusterer.spec["channels"])
+
+    @property
+    def num_clusters(self) -> int:
+        """How many there are; a model has more where some were merged."""
+        return self.clusterer.num_clusters if self.num_named is None else self.num_named
 
     def of_rows(self, rows: np.ndarray) -> Found:
         """Clusters of features (n, D) of any real dtype."""
@@ -88,7 +94,8 @@ def open_model(run: Path, device: torch.device, trust: tuple[str, ...] | list[st
     model = RunModel(run, clusterer, hashlib.sha256(file.read_bytes()).hexdigest(), None, None)
     if file.name == MODEL and (folder / FACTS).is_file():
         found = FolderRun.open(folder)
-        model.names = dict(found.state().names)
+        state = found.state()
+        model.names, model.num_named = dict(state.names), len(state.ids)
         try:
             model.stored = found.store.backbone(found.facts["backbone"])
         except UserError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +22,13 @@ from PIL import Image
 from deepclust import Clusterer
 from deepclust import predict as module
 from deepclust.cli import main
+from deepclust.data.folders import printable
 from deepclust.data.store import FeatureStore
+from deepclust.folder.derived import Derived
+from deepclust.folder.state import relabelled
+from deepclust.folder.votes import Landmarks, save_model
 from deepclust.predict import STOPPED
+from tests.folder.toys import toy_photos, toy_run
 from tests.runs import pixels, small_run
 from tests.test_extract import NETS
 
@@ -139,7 +146,7 @@ def suffer(out):
     whole = time.monotonic() - began
     expected = open(out, "rb").read()
     os.remove(out)
-    for _ in range(5):
+    for _ in range(3):
         child = begin(words)
         time.sleep(random.uniform(0.1, 0.9) * whole)
         os.kill(child, signal.SIGKILL)
@@ -151,7 +158,7 @@ def suffer(out):
     assert open(out, "rb").read() == expected
     return kills
 
-assert suffer("c.csv") + suffer("c.parquet") > 3
+assert suffer("c.csv") + suffer("c.parquet") > 1
 assert sorted(os.listdir()) == ["c.csv", "c.parquet"]
 """
 
@@ -167,28 +174,29 @@ def test_kills_at_any_moment_change_nothing(run: Path, digits: Path, tmp_path: P
 def stopped(
     run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, Path]]:
-    """Stops a command with Ctrl-C after two parts of 8 images; gives its code and the file that it was to write."""
+    """Stops a command by a signal after two parts of 8 images; gives its code and the file that it was to write."""
     monkeypatch.setattr(module, "PART_IMAGES", 8)
 
-    def stop(*words: Any) -> tuple[int, Path]:
+    def stop(number: int = signal.SIGINT) -> tuple[int, Path]:
         write, count = module.Parts.write, iter(range(100))
 
         def interrupted(*given: Any) -> None:
             if next(count) == 2:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
             write(*given)
 
         with monkeypatch.context() as patch:
             patch.setattr(module.Parts, "write", interrupted)
-            return predict(run, digits, "-o", tmp_path / "c.csv", "--batch-size", "4", *words), tmp_path / "c.csv"
+            return predict(run, digits, "-o", tmp_path / "c.csv", "--batch-size", "4"), tmp_path / "c.csv"
 
     return stop
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_says_what_is_done_and_the_same_command_goes_on(
-    stopped: Callable[..., tuple[int, Path]], run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+    number: int, stopped: Callable[..., tuple[int, Path]], run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out = stopped()
+    code, out = stopped(number)
     assert code == STOPPED and not out.exists()
     assert "Stopped. 16 of 60 are done. The same command goes on from there." in " ".join(
         capsys.readouterr().out.split()
@@ -323,3 +331,69 @@ def test_models_and_what_they_cannot_take(
         assert predict(*words, *([] if "-o" in words else ["-o", tmp_path / "c.csv"])) == 2
         assert part in capsys.readouterr().err
     assert not list(tmp_path.glob(".c.*"))
+
+
+def test_a_run_of_deepclust_cluster_names_its_clusters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = toy_run(tmp_path)
+    derived = Derived(run.store, run.facts["backbone"])
+    x = derived.x[torch.from_numpy(derived.landmarks)].numpy().astype(np.float16)
+    rows_of = derived.rows[derived.landmarks]
+    Landmarks(rows_of, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path)
+    state = run.state()
+    merged = relabelled(state, np.where(state.cluster == 1, 2, state.cluster), names={2: "not blue"})
+    run.history.push("merge", merged)
+    save_model(run, merged)
+    new = toy_photos(tmp_path / "new", 9, 0)
+    for out in ("c.csv", "c.parquet"):
+        assert predict(run.path, new, "-o", tmp_path / out) == 0
+    assert "2 clusters" in capsys.readouterr().out
+    found = rows(tmp_path / "c.csv")
+    assert list(found[0]) == ["path", "cluster", "confidence", "error", "name"]
+    for row in found:
+        colour = Path(row["path"]).parent.name
+        assert row["error"] or (row["cluster"], row["name"]) == (("0", "") if colour == "blue" else ("2", "not blue"))
+    table = pq.read_table(tmp_path / "c.parquet")
+    assert table.column("name").to_pylist() == [row["name"] or None for row in found]
+    shutil.rmtree(run.store.path)
+    assert predict(run.path, new, "-o", tmp_path / "c.csv") == 2
+    assert "is no feature store" in capsys.readouterr().err
+
+
+def test_a_folder_as_people_have_them(run: Path, learned: Path, tmp_path: Path) -> None:
+    """Whatever lies there costs its own line and nothing else, of images and of features alike."""
+    folder = coloured(tmp_path / "my photos", 4)
+    picture = Image.open(folder / "blue/0.png")
+    good = {"été/IMG 1.JPG": picture, "日本語 🐱.png": picture, "new\nline.png": picture, 'quote",comma.png': picture}
+    good |= {"deep.png": Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "print.jpg": picture.convert("CMYK")}
+    good |= {"thin.png": Image.new("L", (999, 1)), "web.webp": picture, "scan.TIFF": picture.convert("LA")}
+    for name, image in good.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        image.save(folder / name)
+    picture.save(tmp_path / "outside.png")
+    picture.save(folder / "moving.gif", save_all=True, append_images=[picture.rotate(90)])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(folder / "turned.jpg", exif=turned)
+    for name, content in {"empty.jpg": b"", "letter.jpg": b"Dear all", "table.csv": b"1,2", "doc.pdf": b"%PDF"}.items():
+        (folder / name).write_bytes(content)
+    (folder / "half.jpg").write_bytes((folder / "turned.jpg").read_bytes()[:300])
+    for name, target in {"up": "..", "self.jpg": "self.jpg", "self": "self", "gone.png": "nowhere"}.items():
+        (folder / name).symlink_to(target)
+    bad = ["empty.jpg", "gone.png", "half.jpg", "letter.jpg", "red/broken.png", "self.jpg"]
+    with contextlib.suppress(OSError):  # where names must be UTF-8
+        name = os.fsdecode(b"latin-\xe9.png")
+        shutil.copy(folder / "blue/0.png", folder / name)
+        bad.append(printable(name))
+    for number, model in enumerate((run, learned / "run")):
+        for kind in ("csv", "parquet"):
+            assert predict(model, folder, "-o", tmp_path / f"{number}.{kind}") == 0
+        found = rows(tmp_path / f"{number}.csv")
+        assert sorted(row["path"] for row in found if row["error"]) == sorted(f"{folder}/{name}" for name in bad)
+        expected = {f"{folder}/{name}" for name in [*good, *bad, "moving.gif", "turned.jpg"]}
+        assert expected < {row["path"] for row in found} and len(found) == len(expected) + 4
+        assert pq.read_table(tmp_path / f"{number}.parquet").column("path").to_pylist() == [r["path"] for r in found]
+    store = tmp_path / "store"
+    assert main(["features", str(folder), "--backbone", f"{learned / 'nets.py'}:colours", "--store", str(store)]) == 0
+    kept = FeatureStore.open(store)
+    unreadable = sorted(printable(kept.paths[row]) for row in np.flatnonzero(kept.status == "unreadable"))
+    assert unreadable == sorted(bad) and len(kept.rows()) == len(kept) - len(bad)

@@ -118,7 +118,8 @@ def list_folder(root: str, key: str = "data.root=") -> Listing:
 
 def _walk(root: Path, key: str) -> Iterator[str]:
     """Relative paths of all files below `root` that are not hidden."""
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    above = tuple((status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents))
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", above)]
     while waiting:
         below, ancestors = waiting.pop()
         folder = root / below
