@@ -40,6 +40,8 @@ SAME = 0.999
 """Cosine of features that were computed from the same pixels, with room for the rounding of bfloat16."""
 ROUNDS = 16
 """Pictures that one perceptual hash may stand for before step 3 has to tell them apart."""
+AT_ONCE = 8_000_000
+"""Pairs that are compared at a time, in up to `CHUNK` rows."""
 CHUNK = 128
 
 
@@ -141,8 +143,9 @@ def _close(
 
     bits: (n, 64) float32, -1 or 1. least: cosine that is needed by the number of bits that differ.
     """
-    for start in range(0, len(places), CHUNK):
-        agreeing = bits[start : start + CHUNK] @ bits[start:].T  # 64 less two for each bit that differs, exactly
+    chunk = max(1, min(CHUNK, AT_ONCE // max(len(places), 1)))
+    for start in range(0, len(places), chunk):
+        agreeing = bits[start : start + chunk] @ bits[start:].T  # 64 less two for each bit that differs, exactly
         first, second = np.nonzero(agreeing > BITS - 2 * len(least))
         later = second > first
         first, second = first[later], second[later]

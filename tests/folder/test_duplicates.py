@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from deepclust.data.perceptual import perceptual_hash
+from deepclust.folder import duplicates
 from deepclust.folder.duplicates import near_duplicates
 from tests.data.test_perceptual import scene
 
@@ -128,6 +129,35 @@ def test_order_and_size_decide_who_represents_and_nothing_else_does() -> None:
         folder.add(jpeg(scene(seed // 2), 30 + seed), seed // 2, 0.05, size=100 + seed)
     found = folder.groups()
     assert np.array_equal(found[::2], np.arange(1, 20, 2)) and (found[1::2] == -1).all()
+
+
+@pytest.mark.parametrize("at_once", [10, 2000, 10**6])
+def test_groups_are_those_of_comparing_each_with_each(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pair after the other, in float64, on hashes and features around a few centres."""
+    monkeypatch.setattr(duplicates, "AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "CHUNK", 16)
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 2, (12, 64))[random.integers(0, 12, 200)] ^ (random.random((200, 64)) < 0.07)
+    perceptual = np.packbits(bits.astype(np.uint8), axis=1).view(">u8").ravel().astype(np.uint64)
+    features = random.standard_normal((2, DIM))[random.integers(0, 2, 200)] + 0.2 * random.standard_normal((200, DIM))
+    sizes = random.integers(1, 4, (200, 2))
+    nobody: list[bytes | None] = [None] * 200
+    monkeypatch.setattr(duplicates, "_strictness", lambda *given: 1.0)
+    found = near_duplicates(features.astype(np.float32), nobody, perceptual, np.ones(200, dtype=bool), sizes)
+    cosines = _cosines(features)
+    differing = (bits[:, None] != bits).sum(2)
+    expected = np.full(200, -1)
+    for one in sorted(range(200), key=lambda place: (-sizes[place].prod(), place)):
+        if expected[one] < 0:
+            close = (differing[one] <= 12) & (cosines[one] >= 0.85 + 0.0075 * differing[one]) & (expected < 0)
+            represents = np.isin(np.arange(200), expected)
+            expected[np.flatnonzero(close & ~represents & (np.arange(200) != one))] = one
+    assert (found >= 0).sum() > 40 and np.array_equal(found, expected)
+
+
+def _cosines(rows: np.ndarray) -> np.ndarray:
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit @ unit.T
 
 
 def test_where_unlike_pictures_have_close_features_closer_ones_are_asked_for() -> None:
