@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,7 @@ def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLo
 
         with watch("number"):
             estimate = estimate_number(x, seed=wanted.seed)
-        num_clusters, number = estimate.k, estimate.plain()
+        num_clusters, number = max(2, estimate.k), asdict(estimate)
         console.message(estimate.statement)
     clusterings, choice = {}, {}
     with watch("cluster"):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepclust.data.store import FeatureStore
 from deepclust.eval.label_free import sample_rows
+from deepclust.folder.duplicates import near_duplicates
 from deepclust.ops import knn
 from deepclust.run_folder import write_atomic
 
@@ -125,10 +126,12 @@ class Derived:
         return {"values": values.numpy(), "places": places.numpy()}
 
     def _duplicates(self) -> Arrays:
-        first: dict[bytes, int] = {}
-        hashes = [self.store.hashes[row] for row in self.rows]
-        original = [place if each is None else first.setdefault(each, place) for place, each in enumerate(hashes)]
-        return {"copy_of": np.array([-1 if at == place else at for place, at in enumerate(original)])}
+        store, rows = self.store, self.rows
+        features = store.features(self.backbone)
+        whole = len(rows) == len(store)
+        hashes = [store.hashes[row] for row in rows.tolist()]
+        looks = (store.perceptual[rows], store.has_perceptual[rows], store.sizes[rows])
+        return {"copy_of": near_duplicates(features if whole else features[rows], hashes, *looks)}
 
     def _nearest(self) -> Arrays:
         bank = self.x[torch.from_numpy(self.landmarks)]
