@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
@@ -220,13 +225,14 @@ def timm_backbone(
         if weights:
             part, note = _part_of(weights, timm.create_model(name, num_classes=0))
             overlay = overlay if part is None else {"state_dict": part}
-        net = timm.create_model(
-            name,
-            pretrained=pretrained or weights is not None,
-            in_chans=2 if sobel else in_channels,
-            num_classes=0,
-            pretrained_cfg_overlay=overlay,
-        )
+        with _hub() if pretrained and not weights else nullcontext():
+            net = timm.create_model(
+                name,
+                pretrained=pretrained or weights is not None,
+                in_chans=2 if sobel else in_channels,
+                num_classes=0,
+                pretrained_cfg_overlay=overlay,
+            )
     except UserError:
         raise
     except Exception as error:
@@ -242,6 +248,26 @@ def timm_backbone(
     preprocess = Preprocess(size, mean, std) if own or size else None
     num_features: Any = net.num_features
     return _frozen(Backbone(net, num_features, preprocess, note, sobel=sobel), freeze)
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Inside, weights come from the local cache alone where the hub cannot be reached: its client retries for a minute.
+
+    A proxy may reach what we cannot; where one is set nothing is tried.
+    """
+    from huggingface_hub import constants
+
+    place, before = urlsplit(constants.ENDPOINT), constants.HF_HUB_OFFLINE
+    if not before and not getproxies():
+        try:
+            socket.create_connection((place.hostname, place.port or 443), timeout=5).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 PROJECTION = (

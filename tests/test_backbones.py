@@ -168,3 +168,27 @@ def test_classic_nets_are_torchvisions_up_to_their_top(name):
         assert own == [tuple(p.shape) for p in theirs.parameters() if p.ndim > 1][:-1]
     small = classic_net(3, name=name, width=16)
     assert small.eval()(torch.randn(2, 3, 96, 96)).shape == (2, 16)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
+    from contextlib import nullcontext
+
+    from huggingface_hub import constants
+
+    from deepclust import backbones
+
+    class Connection(nullcontext[None]):
+        def close(self) -> None: ...
+
+    def connect(*_: object, **__: object) -> Connection:
+        if not reached:
+            raise OSError("no network")
+        return Connection()
+
+    monkeypatch.setattr(backbones.socket, "create_connection", connect)
+    monkeypatch.setattr(backbones, "getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with backbones._hub():
+        assert constants.is_offline_mode() is not reached
+    assert not constants.HF_HUB_OFFLINE
