@@ -15,7 +15,7 @@ from deepclust.folder.run import FolderRun
 from deepclust.folder.shown import Closeness, choose, closeness, duplicate_groups
 from deepclust.folder.state import NOISE, State
 from deepclust.report.gallery import MAX_GALLERIES, Gallery, strip_html
-from deepclust.report.map import Legend, Thumbs, map_section, spread
+from deepclust.report.map import Legend, Thumbs, link_to, map_section, spread
 from deepclust.report.page import Row, Section, figure_label, scores_table, write_report
 from deepclust.report.palette import NOISE_COLOUR, palette
 from deepclust.report.plots import Bar, curve
@@ -203,6 +203,7 @@ def _galleries(
                 None if cluster == NOISE else float(state.confidence[members[cluster]].mean()),
                 [thumbnails.images[int(state.rows[place])] for part in parts for place in part],
                 [caption(int(place), number) for number, part in enumerate(parts) for place in part],
+                links=[link_to(place) for place in np.searchsorted(state.kept, np.concatenate(parts or [[]]))],
                 parts=[(name, len(part)) for name, part in zip(names, parts)],
                 title=title,
                 note=f"cluster {cluster}" if cluster in state.names else "",
@@ -225,7 +226,8 @@ def _duplicates(run: FolderRun, state: State, thumbnails: Thumbnails) -> str:
     for group in groups[:GROUPS]:
         rows = [int(row) for row in group[:COPIES]]
         names = [printable(run.store.paths[row]) for row in rows]
-        strip = strip_html([thumbnails.images[row] for row in rows], names, "a group of near-duplicates")
+        links = [link_to(place) for place in np.searchsorted(state.rows[state.kept], rows)]
+        strip = strip_html([thumbnails.images[row] for row in rows], names, "a group of near-duplicates", links=links)
         cards.append(f"<li>{strip}<small>{len(group):,} images: {escape(names[0])}</small></li>")
     parts.append(f'<ol class="groups">{"".join(cards)}</ol>')
     if len(groups) > GROUPS:

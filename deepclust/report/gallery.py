@@ -26,7 +26,7 @@ class Gallery(NamedTuple):
 
     size: images in the cluster. confidence: their mean confidence in [0, 1], None where it is not known. parts: (title,
     how many images) in order, in place of typical and uncertain. title: its name for people, `Cluster 3` by default.
-    note: a fact more. colour: of the dot before the title, as CSS has it.
+    note: a fact more. colour: of the dot before the title, as CSS has it. links: where each image leads.
     """
 
     cluster: int
@@ -39,6 +39,7 @@ class Gallery(NamedTuple):
     title: str = ""
     note: str = ""
     colour: str = ""
+    links: Sequence[str] = ()
 
 
 def choose(confidence: np.ndarray, count: int) -> tuple[np.ndarray, int]:
@@ -108,7 +109,7 @@ def _section(gallery: Gallery, side: int, lossless: bool) -> str:
         return f'<section class="cluster" id="{name}">{head}</section>'
     cut = len(gallery.images) if gallery.num_typical is None else gallery.num_typical
     parts = gallery.parts or (("Most typical", cut), ("Least certain", len(gallery.images) - cut))
-    tiles, style, pixelated = _cut(gallery.images, gallery.captions, side, lossless, title)
+    tiles, style, pixelated = _cut(gallery.images, gallery.captions, side, lossless, title, gallery.links)
     body, start = "", 0
     for part, count in parts:
         body += _tiles(part, tiles[start : start + count])
@@ -117,14 +118,25 @@ def _section(gallery: Gallery, side: int, lossless: bool) -> str:
     return f'<section class="cluster{pixelated}" id="{name}" style="{style}">{head}{body}</section>'
 
 
-def strip_html(images: Sequence[np.ndarray], captions: Sequence[str], title: str, side: int = SIDES[1]) -> str:
+def strip_html(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    title: str,
+    side: int = SIDES[1],
+    links: Sequence[str] = (),
+) -> str:
     """A line of tiles by itself. images: uint8 (C, H, W), a caption each. title: what they are, to be read aloud."""
-    tiles, style, pixelated = _cut(images, captions, side, False, title)
+    tiles, style, pixelated = _cut(images, captions, side, False, title, links)
     return f'<ul class="tiles{pixelated}" style="{style}">{"".join(tiles)}</ul>'
 
 
 def _cut(
-    images: Sequence[np.ndarray], captions: Sequence[str], side: int, lossless: bool, title: str
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    side: int,
+    lossless: bool,
+    title: str,
+    links: Sequence[str],
 ) -> tuple[list[str], str, str]:
     """Tiles, the properties of what holds them (the picture they are cut from), and whether they are enlarged."""
     width, height = _tile_size(images[0], side)
@@ -133,7 +145,8 @@ def _cut(
         f"--sprite:url({sprite(images, (width, height), lossless)});--w:{width * factor}px;"
         f"--h:{height * factor}px;--strip:{width * factor * len(images)}px"
     )
-    tiles = [_tile(i, width * factor, caption, title) for i, caption in enumerate(captions)]
+    leads = links or [""] * len(captions)
+    tiles = [_tile(i, width * factor, *tile, title) for i, tile in enumerate(zip(captions, leads))]
     return tiles, style, " pixelated" if factor > 1 else ""
 
 
@@ -141,12 +154,12 @@ def _tiles(title: str, tiles: list[str]) -> str:
     return f'<div><h4>{title}</h4><ul class="tiles">{"".join(tiles)}</ul></div>' if tiles else ""
 
 
-def _tile(position: int, width: int, caption: str, title: str) -> str:
-    text = escape(caption, quote=True)
-    return (
-        f'<li role="img" aria-label="Image in {escape(title, quote=True)}: {text}" title="{text}" '
-        f'style="background-position:-{position * width}px 0"></li>'
-    )
+def _tile(position: int, width: int, caption: str, link: str, title: str) -> str:
+    text, style = escape(caption, quote=True), f"background-position:-{position * width}px 0"
+    words = f'aria-label="Image in {escape(title, quote=True)}: {text}" title="{text}"'
+    if link:
+        return f'<li style="{style}"><a href="{escape(link, quote=True)}" {words}></a></li>'
+    return f'<li role="img" {words} style="{style}"></li>'
 
 
 def _tile_size(image: np.ndarray, side: int) -> tuple[int, int]:

@@ -79,6 +79,11 @@ def map_section(
     return Section("Map", f'{body}<script type="module">\n{"".join(code)}</script>', style=style)
 
 
+def link_to(place: int) -> str:
+    """An address within the page that opens a point of the map, by its place among them."""
+    return f"#image={place}"
+
+
 def _legend_item(number: int, entry: Legend) -> str:
     title = escape(entry.title, quote=True)
     return (

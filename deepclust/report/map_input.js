@@ -219,6 +219,7 @@ buttons.forEach((button, c) => {
   });
   button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || mark(true)());
   button.addEventListener("pointerleave", mark(false));
+  button.addEventListener("focus", () => button.matches(":focus-visible") && mark(true)());
   button.addEventListener("blur", mark(false));
 });
 
@@ -268,6 +269,7 @@ function fromAddress() {
   if (!found || Number(found[1]) >= count) return;
   const i = Number(found[1]);
   toggle(cluster[i], true);
+  bring(i);
   show(i, true);
   stage.scrollIntoView({ block: "center" });
 }

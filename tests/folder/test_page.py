@@ -49,6 +49,9 @@ def test_the_page_tells_what_was_found(run: FolderRun) -> None:
     assert page.text.index("Cluster 2 ") < page.text.index("Noise 1 image")
     for address in (v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "src")):
         assert address and address.startswith(("#", "data:"))
+    leads = {attrs["aria-label"]: attrs["href"] for _, attrs in page.elements if "image=" in (attrs.get("href") or "")}
+    paths = [run.store.paths[row] for row in run.state().rows]
+    assert len(leads) == 17 and all(paths[int(to.partition("=")[2])] in label for label, to in leads.items())
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
 
