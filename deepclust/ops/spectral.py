@@ -56,7 +56,6 @@ def spectral_components(features: Tensor, num_components: int, *, num_neighbors:
     decomposition serves all numbers of clusters.
     """
     import scipy.sparse as sparse
-    from scipy.sparse.linalg import eigsh
 
     num = len(features)
     k = min(num_neighbors, num - 1)
@@ -65,7 +64,35 @@ def spectral_components(features: Tensor, num_components: int, *, num_neighbors:
     starts = np.arange(0, columns.size + 1, k + 1)
     graph = sparse.csr_matrix((np.ones(columns.size), columns.ravel(), starts), shape=(num, num))
     graph = 0.5 * (graph + graph.T)
-    scale = sparse.diags(np.asarray(graph.sum(axis=1)).ravel() ** -0.5)
-    values, vectors = eigsh(scale @ graph @ scale, k=max(1, min(num_components, num - 2)), which="LA", v0=np.ones(num))
+    degrees = np.asarray(graph.sum(axis=1)).ravel()
+    scale = sparse.diags(degrees**-0.5)
+    values, vectors = _leading(scale @ graph @ scale, degrees, max(1, min(num_components, num - 2)))
+    return torch.from_numpy(values), torch.from_numpy(np.ascontiguousarray(vectors))
+
+
+def _leading(matrix: Any, degrees: np.ndarray, num_components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Leading eigenvalues and vectors of a normalised adjacency (N, N), sparse.
+
+    Of a graph in pieces the eigenvalue 1 comes once for each, of which a Krylov space from one start may miss some. So
+    pieces, largest first, give their known vectors, and the others are sought with those out of the way, at -1.
+    """
+    from scipy.sparse.csgraph import connected_components
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    num = len(degrees)
+    pieces, piece_of = connected_components(matrix, directed=False)
+    if pieces == 1:
+        values, vectors = eigsh(matrix, k=num_components, which="LA", v0=np.ones(num))
+        order = np.argsort(-values)
+        return values[order], vectors[:, order]
+    chosen = np.argsort(-np.bincount(piece_of), kind="stable")[:num_components]
+    known = np.sqrt(degrees)[:, None] * (piece_of[:, None] == chosen)
+    known /= np.linalg.norm(known, axis=0)
+    rest = num_components - len(chosen)
+    if not rest:
+        return np.ones(num_components), known
+    operator = LinearOperator((num, num), matvec=lambda v: matrix @ v - 2 * known @ (known.T @ v), dtype=np.float64)
+    start = np.random.default_rng(0).normal(size=num)
+    values, vectors = eigsh(operator, k=rest, which="LA", v0=start - known @ (known.T @ start))
     order = np.argsort(-values)
-    return torch.from_numpy(values[order]), torch.from_numpy(np.ascontiguousarray(vectors[:, order]))
+    return np.append(np.ones(len(chosen)), values[order]), np.hstack([known, vectors[:, order]])

@@ -8,6 +8,7 @@ import torch
 from sklearn.cluster import SpectralClustering
 from sklearn.datasets import load_digits, make_moons
 from sklearn.metrics import adjusted_rand_score
+from sklearn.neighbors import NearestNeighbors
 
 from deepclust.ops.spectral import spectral_clusters, spectral_components, spectral_embedding
 from tests.ranks import run_ranks
@@ -47,6 +48,25 @@ def test_fewer_components_are_the_first_of_more():
     assert values[0] == pytest.approx(1) and (values.diff() <= 0).all()
     torch.testing.assert_close(values[:4], fewer)
     torch.testing.assert_close((vectors[:, :4] * first).sum(0).abs(), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_components", [3, 6, 11])
+def test_a_graph_in_pieces_has_one_component_for_each(num_components):
+    pieces = torch.arange(120) % 6
+    random = torch.Generator().manual_seed(0)
+    x = torch.eye(12)[pieces] + 0.1 * torch.randn(120, 12, generator=random)
+    x = torch.nn.functional.normalize(x, dim=1)
+    values, vectors = spectral_components(x, num_components, num_neighbors=8)
+    near = torch.from_numpy(NearestNeighbors(n_neighbors=9).fit(x.numpy()).kneighbors(x.numpy())[1])
+    graph = torch.zeros(120, 120, dtype=torch.float64).scatter_(1, near, 1.0)
+    graph = (graph + graph.T) / 2
+    scale = graph.sum(1).rsqrt()
+    matrix = scale[:, None] * graph * scale
+    expected = torch.linalg.eigvalsh(matrix).flip(0)[:num_components]
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(matrix @ vectors, vectors * values)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(num_components, dtype=torch.float64))
+    assert adjusted_rand_score(pieces, spectral_clusters(x, 6, num_neighbors=8)) == 1
 
 
 def _part(rank: int, size: int, x: torch.Tensor) -> torch.Tensor:
