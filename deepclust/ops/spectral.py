@@ -77,7 +77,7 @@ def _leading(matrix: Any, degrees: np.ndarray, num_components: int) -> tuple[np.
     pieces, largest first, give their known vectors, and the others are sought with those out of the way, at -1.
     """
     from scipy.sparse.csgraph import connected_components
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import aslinearoperator, eigsh
 
     num = len(degrees)
     pieces, piece_of = connected_components(matrix, directed=False)
@@ -91,7 +91,8 @@ def _leading(matrix: Any, degrees: np.ndarray, num_components: int) -> tuple[np.
     rest = num_components - len(chosen)
     if not rest:
         return np.ones(num_components), known
-    operator = LinearOperator((num, num), matvec=lambda v: matrix @ v - 2 * known @ (known.T @ v), dtype=np.float64)
+    found: Any = aslinearoperator(known)
+    operator = aslinearoperator(matrix) - 2 * (found @ found.T)
     start = np.random.default_rng(0).normal(size=num)
     values, vectors = eigsh(operator, k=rest, which="LA", v0=start - known @ (known.T @ start))
     order = np.argsort(-values)
