@@ -286,17 +286,20 @@ def _left_out(run: FolderRun, state: State) -> list[str]:
 
 def _commands(run: FolderRun, state: State) -> list[tuple[str, str]]:
     """What to do next, with this run's own path and clusters."""
-    path, images = shlex.quote(str(run.path)), shlex.quote(printable(str(run.root)))
+    path = shlex.quote(str(run.path))
     first, second = (*state.ids, 0, 1)[:2]
-    edits = [
-        f"deepclust edit {path} merge {first} {second}",
-        f"deepclust edit {path} split {first}",
-        f"deepclust edit {path} rename {first} NAME",
-        f"deepclust edit {path} exclude IMAGE",
-        f"deepclust edit {path} undo",
-    ]
+    edits = ["merge {0} {1}", "split {0}", 'rename {0} "NAME"', "exclude IMAGE", "undo"]
     return [
         ("Find the clusters of other images", f"deepclust predict {path} IMAGES -o clusters.csv"),
-        ("Take in images that came into the folder since", f"deepclust cluster {images} --append"),
-        ("Correct the clusters", "\n".join(edits)),
+        ("Take in images that came into the folder since", _append(run)),
+        ("Correct the clusters", "\n".join(f"deepclust edit {path} {edit.format(first, second)}" for edit in edits)),
     ]
+
+
+def _append(run: FolderRun) -> str:
+    """The command that goes on with this run's folder, store and backbone."""
+    made_by = run.store.backbone(run.facts["backbone"]).identity.get("made_by") or {}
+    options = {"--out": run.path, "--store": run.facts["store"], "--backbone": made_by.get("name")}
+    options |= {"--weights": made_by.get("weights"), "--size": made_by.get("size")}
+    words = [word for option, value in options.items() if value for word in (option, printable(str(value)))]
+    return shlex.join(["deepclust", "cluster", printable(str(run.root)), "--append", *words])

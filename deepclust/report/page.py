@@ -39,6 +39,9 @@ SHARES = {
     "churn": "Churn",
     "knn_probe": "kNN probe",
     "linear_probe": "Linear probe",
+    "consensus": "Consensus",
+    "self_prediction": "Self-prediction",
+    "mean_rank": "Mean rank",
 }
 """Figures that are fractions, shown in %, in the order of the columns."""
 MAIN = ("acc", "nmi", "ari", "neighbor_agreement", "mean_confidence", "clusters_used", "seconds")

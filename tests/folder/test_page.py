@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import re
+import shlex
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deepclust.folder.options import add_cluster_options
 from deepclust.folder.page import write_page
 from deepclust.folder.run import FolderRun
 from deepclust.folder.shown import choose, closeness, duplicate_groups
@@ -67,6 +72,16 @@ def test_edits_names_and_images_that_were_taken_out(run: FolderRun) -> None:
     assert f"{run.store.paths[state.rows[3]]}: excluded by hand" in page.text and "15 images" in page.text
     assert [word for word in ("cluster", "rename") if f"<li>{word}" in text] == ["cluster", "rename"]
     run.history.pop()
+
+
+def test_the_command_that_appends_goes_on_with_this_run(run: FolderRun) -> None:
+    text, _ = page_of(run)
+    command = re.search(r"<code>(deepclust cluster .*?)</code>", text)
+    parser = argparse.ArgumentParser()
+    add_cluster_options(parser)
+    asked = parser.parse_args(shlex.split(unescape(command[1]))[2:])
+    assert asked.append and asked.images == run.root and asked.out == run.path and asked.store == run.store.path
+    assert asked.backbone == [f"{run.path.parent / 'nets.py'}:colours"] and asked.weights == []
 
 
 def test_a_file_that_is_gone_leaves_a_grey_tile(tmp_path: Path) -> None:
