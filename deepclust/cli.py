@@ -322,6 +322,21 @@ def cluster(words: list[str]) -> int:
     return cluster_folder(wanted)
 
 
+def edit(words: list[str]) -> int:
+    """`edit RUN [merge|split|rename|exclude|undo] ...`"""
+    from deepclust.folder.options import add_edit_options
+
+    parser = _Parser("deepclust edit", description="Changes clusters of a folder's images and writes all files anew.")
+    add_edit_options(parser)
+    asked = parser.parse_intermixed_args(words)
+    if asked.parts is not None and asked.verb != "split":
+        raise UserError(f"-n {asked.parts}: only split has it, as in: deepclust edit {asked.run} split 3 -n 3")
+    from deepclust.folder.edit import edit as edit_run
+
+    edit_run(asked.run, asked.verb, asked.words, asked.parts or 2)
+    return OK
+
+
 def doctor(words: list[str]) -> int:
     """`doctor [--gpu]`: what this machine has, and whether a run could work here."""
     parser = _Parser("deepclust doctor", description="What this machine has, and whether a run could work here.")
@@ -341,6 +356,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "predict": (predict, "predict RUN PATH [-o clusters.csv]", "clusters of new images, any number of them"),
     "cluster": (cluster, "cluster IMAGES [-k N]", "clusters, a table and a report of a folder of images"),
     "features": (features, "features IMAGES [--backbone NAME ...]", "a folder's features, once, in a store"),
+    "edit": (edit, "edit RUN merge|split|rename|exclude|undo ...", "changes clusters; any edit can be undone"),
     "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
     "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),
     "doctor": (doctor, "doctor [--gpu]", "versions, device, precision, disk; kernels on the GPU"),

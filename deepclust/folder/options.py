@@ -105,3 +105,24 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
+
+
+VERBS = ("merge", "split", "rename", "exclude", "undo")
+EDITS = """\
+without a verb     lists the clusters and what was done to them
+merge 3 7 9        into the first one; wherever an id is asked for, a name will do
+split 3 [-n 2]     by the images' features; the largest part keeps the id, the others get new ones
+rename 3 "shoes"   a name, which wins over the id in the report and in sorted/; "" takes it away
+exclude 5          a cluster, or images by their paths: out of clusters.csv, into left_out.csv
+undo               takes the last of these back, and again the one before it
+"""
+
+
+def add_edit_options(parser: argparse.ArgumentParser) -> None:
+    """`edit RUN [VERB ...] [-n PARTS]`"""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EDITS
+    parser.add_argument("run", type=Path, help="the folder that deepclust cluster left")
+    parser.add_argument("verb", nargs="?", choices=VERBS)
+    parser.add_argument("words", nargs="*", metavar="CLUSTER", help="ids, names or paths, as below")
+    parser.add_argument("-n", "--parts", type=int, metavar="N", help="parts to split into; default: 2")

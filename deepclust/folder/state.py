@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +113,15 @@ class History:
         return path
 
     def pop(self) -> str:
-        """Removes the last state and gives the verb that made it. Raises UserError where it is the first."""
+        """Removes the last state and gives the verb that made it. Raises UserError where it is the first.
+
+        Ids that were given since the state before are not given again.
+        """
         files = self.files()
         if len(files) < 2:
             raise UserError(f"{self.folder.parent}: there is nothing to take back")
+        before, next_id = State.load(files[-2]), self.current().next_id
+        replace(before, next_id=max(before.next_id, next_id)).save(files[-2])
         files[-1].unlink()
         return files[-1].stem[5:]
 

@@ -10,8 +10,10 @@ from PIL import Image
 
 from deepclust.data.store import FeatureStore
 from deepclust.extract import Asked, extract
+from deepclust.folder.derived import Derived
 from deepclust.folder.run import FolderRun
 from deepclust.folder.state import State
+from deepclust.folder.votes import Landmarks
 
 COLOURS = {"blue": 2, "green": 1, "red": 0}
 NETS = """
@@ -97,3 +99,13 @@ def toy_run(folder: Path, labels: bool | None = False, **facts: Any) -> FolderRu
     run.save()
     run.history.push("cluster", toy_state(store))
     return run
+
+
+def toy_landmarks(run: FolderRun) -> None:
+    """Every image that is no copy becomes a landmark of the run."""
+    derived = Derived(run.store, run.facts["backbone"])
+    places = derived.landmarks
+    trust = np.full(len(places), 0.9, dtype=np.float32)
+    Landmarks(derived.rows[places], derived.x[places].numpy().astype(np.float16), trust, derived.basis.numpy()).save(
+        run.path
+    )
