@@ -78,6 +78,11 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     coloured(folder / "photos", 30)
     words = ["features", str(folder / "photos"), "--backbone", f"{folder / 'nets.py'}:colours"]
     assert main([*words, "--store", str(folder / "store")]) == 0
+    return trained(folder)
+
+
+def trained(folder: Path) -> Path:
+    """Trains `run` on `store` in a folder."""
     words = ["train", "data=features", f"data.file={folder / 'store'}", f"run.dir={folder / 'run'}"]
     words += ["head.num_neighbors=3", "trainer.epochs=2", "trainer.batch_size=15", "eval.baselines=none"]
     assert main([*words, "logger.console=false", "head.init=kmeans"]) == 0
@@ -313,6 +318,40 @@ def test_what_made_the_features_must_be_there_and_the_same(
     assert "there is no config.yaml beside it" in said and "--backbone NAME" in said
     assert predict(*command, "--backbone", f"{net}:colours") == 0
     assert "taken on trust" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_timm_model_is_found_again_with_its_local_weights(tmp_path: Path, capsys: Any) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_vit").state_dict(), tmp_path / f"{seed}.safetensors")
+    photos = coloured(tmp_path / "photos", 30)
+    words = ["features", str(photos), "--backbone", "test_vit", "--weights", str(tmp_path / "0.safetensors")]
+    assert main([*words, "--size", "32", "--store", str(tmp_path / "store")]) == 0
+    trained(tmp_path)
+    command = [tmp_path / "run", photos, "-o", tmp_path / "c.csv"]
+    assert predict(*command) == 0
+    assert "features by test_vit, images of 32 px" in capsys.readouterr().out
+    first = (tmp_path / "c.csv").read_bytes()
+    (tmp_path / "0.safetensors").rename(tmp_path / "moved.safetensors")
+    assert predict(*command) == 2
+    said = capsys.readouterr().err
+    assert "0.safetensors could not be loaded" in said and "--weights FILE" in said
+    assert predict(*command, "--weights", tmp_path / "1.safetensors") == 2
+    assert "test_vit has other weights (SHA-256) than what made these features" in capsys.readouterr().err
+    assert predict(*command, "--weights", tmp_path / "moved.safetensors") == 0
+    assert (tmp_path / "c.csv").read_bytes() == first
+
+
+def test_a_store_of_another_backbone_is_refused(learned: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "nets.py").write_text(NETS.replace("Preprocess(8", "Preprocess(6"))
+    words = ["features", str(learned / "photos"), "--backbone", f"{tmp_path / 'nets.py'}:colours"]
+    assert main([*words, "--store", str(tmp_path / "store")]) == 0
+    assert predict(learned / "run", tmp_path / "store", "-o", tmp_path / "c.csv") == 2
+    said = capsys.readouterr().err
+    assert "holds features by colours-" in said and f"--backbone {learned / 'nets.py'}:colours" in said
 
 
 def test_models_and_what_they_cannot_take(
