@@ -9,6 +9,10 @@ const count = data.count, GRID = 65535;
 const xs = words(data.x), ys = words(data.y), cluster = words(data.cluster), confidence = bytes(data.confidence);
 const legend = data.legend.map(([id, title, label, colour, x, y]) => ({ id, title, label, colour, x, y, rgb: rgb(colour), size: 0 }));
 for (const each of cluster) legend[each].size++;
+for (let i = 0; i < count; i++) {
+  const each = legend[cluster[i]];
+  each.reach = (each.reach || 0) + Math.hypot(xs[i] - each.x, ys[i] - each.y) / each.size;
+}
 const shown = legend.map(() => true);
 const names = unpackNames(), folders = unpackFolders();
 const sheet = data.thumbs ? new Image() : null;
@@ -184,14 +188,15 @@ function drawThumb(slot, x, y, size) {
   pen.drawImage(sheet, (slot % columns) * side, Math.floor(slot / columns) * side, side, side, x, y, size, size);
 }
 
-/* Names in the midst of their clusters: the marked one, then the largest first, none over another. */
+/* Names in the midst of their clusters, above those that they would hide: the marked one, then the largest first, none over another. */
 function placeLabels() {
   const placed = [];
   pen.font = "600 13px system-ui, sans-serif";
   const ranked = legend.map((each, c) => c).filter((c) => shown[c] && c !== noise && legend[c].size);
   for (const c of ranked.sort((a, b) => (b === marked) - (a === marked) || legend[b].size - legend[a].size)) {
     const each = legend[c], text = each.label.length > 24 ? `${each.label.slice(0, 23)}…` : each.label;
-    const half = pen.measureText(text).width / 2 + 8, x = screenX(each.x), y = screenY(each.y);
+    const half = pen.measureText(text).width / 2 + 8, x = screenX(each.x);
+    const y = screenY(each.y) - (each.reach * scale > 26 ? 0 : still.photos ? 36 : 22);
     if (x + half < 0 || y + 10 < 0 || x - half > width || y - 10 > height) continue;
     if (placed.some((other) => Math.abs(other.x - x) < other.half + half && Math.abs(other.y - y) < 24)) continue;
     placed.push({ c, text, x, y, half });
