@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from sklearn.cluster import SpectralClustering
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import NearestNeighbors
 
@@ -29,11 +28,13 @@ def test_plain_clusters_are_found_and_a_second_run_finds_the_same(name: str) -> 
     assert clustering_scores(found.labels, again.labels)["ari"] == 1, "length is no matter"
 
 
-def test_spectral_is_scikit_learns() -> None:
-    x = X + np.random.default_rng(0).normal(0, 2, X.shape).astype(np.float32)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    theirs = SpectralClustering(4, affinity="nearest_neighbors", n_neighbors=15, random_state=3).fit_predict(unit)
-    assert clustering_scores(cluster("spectral", x, 4, seed=3).labels, theirs)["ari"] == 1
+def test_votes_are_the_confidence_of_diffusion_and_lie_between_clusters() -> None:
+    x = X + np.random.default_rng(0).normal(0, 9, X.shape).astype(np.float32)
+    found = cluster("diffusion", x, 4, seed=3)
+    right = clustering_scores(found.labels, Y)["matching"]
+    wrong = np.array([right[label] for label in found.labels]) != Y
+    assert 0.02 < wrong.mean() < 0.4
+    assert found.confidence[wrong].mean() < found.confidence[~wrong].mean() - 0.05
 
 
 def test_large_ward_merges_along_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,9 @@ from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows
 from deepclust.ops.neighbors import knn
 
+CHUNK = 2048
+"""Rows whose shared neighbours are counted at a time."""
+
 
 def spectral_clusters(
     features: Tensor,
@@ -21,6 +24,7 @@ def spectral_clusters(
     *,
     num_neighbors: int = 20,
     extra_components: int = 2,
+    shared: bool = False,
     seed: int = 0,
     group: Any = None,
 ) -> Tensor:
@@ -28,45 +32,75 @@ def spectral_clusters(
 
     features: (n, D), this rank's rows, compared by cosine. The embedding has `extra_components` more eigenvectors than
     clusters (the paper takes none more): they keep clusters apart that a few outlying groups would otherwise push out
-    of the leading K. Returns labels (n,) int64. All rows of all ranks are gathered; rank 0 decides.
+    of the leading K. shared: edges weigh as `neighbor_graph` says. Returns labels (n,) int64. All rows of all ranks are
+    gathered; rank 0 decides.
     """
     everyone, offset = gather_rows(F.normalize(features.float(), dim=1), group)
     labels = torch.zeros(len(everyone), dtype=torch.int64, device=features.device)
     if group is None or dist.get_rank(group) == 0:
-        embedding = spectral_embedding(everyone, num_clusters + extra_components, num_neighbors=num_neighbors)
+        size = num_clusters + extra_components
+        embedding = spectral_embedding(everyone, size, num_neighbors=num_neighbors, shared=shared)
         labels.copy_(kmeans(embedding, num_clusters, num_restarts=20, num_iters=100, seed=seed).labels)
     if group is not None:
         dist.broadcast(labels, src=dist.get_global_rank(group, 0), group=group)
     return labels[offset : offset + len(features)]
 
 
-def spectral_embedding(features: Tensor, num_components: int, *, num_neighbors: int = 20) -> Tensor:
+def spectral_embedding(
+    features: Tensor, num_components: int, *, num_neighbors: int = 20, shared: bool = False
+) -> Tensor:
     """(N, m) unit rows: leading eigenvectors of the normalised adjacency D^-1/2 W D^-1/2 of the symmetrised graph.
 
-    features: (N, D) unit rows. W is the mean of the graph (self-loops included) and its transpose. m is cut to N - 2.
+    features: (N, D) unit rows. W is the `neighbor_graph`. m is cut to N - 2.
     """
-    _, vectors = spectral_components(features, num_components, num_neighbors=num_neighbors)
+    _, vectors = spectral_components(features, num_components, num_neighbors=num_neighbors, shared=shared)
     return F.normalize(vectors, dim=1).float().to(features.device)
 
 
-def spectral_components(features: Tensor, num_components: int, *, num_neighbors: int = 20) -> tuple[Tensor, Tensor]:
+def spectral_components(
+    features: Tensor, num_components: int, *, num_neighbors: int = 20, shared: bool = False
+) -> tuple[Tensor, Tensor]:
     """Eigenvalues (m,), largest first, and eigenvectors (N, m), in columns of length one; float64 on the processor.
 
     They are those of `spectral_embedding`. The first columns are those of any smaller number of components: one
-    decomposition serves all numbers of clusters.
+    decomposition serves all numbers of clusters. shared: edges weigh as `neighbor_graph` says.
+    """
+    k = min(num_neighbors, len(features) - 1)
+    _, neighbors = knn(features, features, k=k, exclude_self=True)
+    return graph_components(neighbor_graph(neighbors.cpu().numpy(), shared=shared), num_components)
+
+
+def neighbor_graph(neighbors: np.ndarray, *, shared: bool = False) -> Any:
+    """Sparse symmetric (N, N) adjacency from the indices (N, k) of each row's nearest others.
+
+    All rows have a self-loop of weight 1. An edge weighs 1 where both are neighbours of each other, else 0.5; or where
+    `shared`, the share of the neighbours of either that are neighbours of both, everyone its own first (Jaccard's
+    index, as PhenoGraph has it: Levine et al. 2015): bridges between groups weigh little.
     """
     import scipy.sparse as sparse
 
-    num = len(features)
-    k = min(num_neighbors, num - 1)
-    _, neighbors = knn(features, features, k=k, exclude_self=True)
-    columns = torch.cat([torch.arange(num, device=neighbors.device)[:, None], neighbors], dim=1).cpu().numpy()
+    num, k = neighbors.shape
+    columns = np.concatenate([np.arange(num)[:, None], neighbors], axis=1)
     starts = np.arange(0, columns.size + 1, k + 1)
     graph = sparse.csr_matrix((np.ones(columns.size), columns.ravel(), starts), shape=(num, num))
-    graph = 0.5 * (graph + graph.T)
+    if not shared:
+        return 0.5 * (graph + graph.T)
+    linked, turned, parts = graph.maximum(graph.T).tocsr(), graph.T.tocsr(), []
+    for start in range(0, num, CHUNK):
+        common = (graph[start : start + CHUNK] @ turned).multiply(linked[start : start + CHUNK]).tocsr()
+        common.data /= 2 * (k + 1) - common.data
+        parts.append(common)
+    return sparse.vstack(parts, format="csr")
+
+
+def graph_components(graph: Any, num_components: int) -> tuple[Tensor, Tensor]:
+    """What `spectral_components` gives, of a sparse symmetric adjacency (N, N) without empty rows."""
+    import scipy.sparse as sparse
+
     degrees = np.asarray(graph.sum(axis=1)).ravel()
     scale = sparse.diags(degrees**-0.5)
-    values, vectors = _leading(scale @ graph @ scale, degrees, max(1, min(num_components, num - 2)))
+    size = max(1, min(num_components, len(degrees) - 2))
+    values, vectors = _leading(scale @ graph @ scale, degrees, size)
     return torch.from_numpy(values), torch.from_numpy(np.ascontiguousarray(vectors))
 
 

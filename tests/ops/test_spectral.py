@@ -8,9 +8,9 @@ import torch
 from sklearn.cluster import SpectralClustering
 from sklearn.datasets import load_digits, make_moons
 from sklearn.metrics import adjusted_rand_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import NearestNeighbors, kneighbors_graph
 
-from deepclust.ops.spectral import spectral_clusters, spectral_components, spectral_embedding
+from deepclust.ops.spectral import neighbor_graph, spectral_clusters, spectral_components, spectral_embedding
 from tests.ranks import run_ranks
 
 
@@ -81,3 +81,29 @@ def test_two_ranks_find_what_one_finds():
     x = torch.randn(60, 5)
     together = torch.cat(run_ranks(_part, 2, x))
     assert torch.equal(together, spectral_clusters(x, 3, num_neighbors=6))
+
+
+def test_edges_weigh_what_their_ends_share():
+    x = torch.nn.functional.normalize(torch.randn(50, 4, generator=torch.Generator().manual_seed(2)), dim=1)
+    near = NearestNeighbors(n_neighbors=7).fit(x).kneighbors(x, return_distance=False)
+    sets = [set(row) for row in near]
+    expected = np.zeros((50, 50))
+    for row, column in np.ndindex(50, 50):
+        if column in sets[row] or row in sets[column]:
+            expected[row, column] = len(sets[row] & sets[column]) / len(sets[row] | sets[column])
+    found = neighbor_graph(near[:, 1:], shared=True).toarray()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    theirs = kneighbors_graph(x, 7, include_self=True)
+    np.testing.assert_allclose(neighbor_graph(near[:, 1:]).toarray(), 0.5 * (theirs + theirs.T).toarray())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_components_are_those_of_the_laplacian(shared):
+    x = torch.nn.functional.normalize(torch.randn(60, 5, generator=torch.Generator().manual_seed(1)), dim=1)
+    near = NearestNeighbors(n_neighbors=9).fit(x).kneighbors(x, return_distance=False)[:, 1:]
+    values, vectors = spectral_components(x, 5, num_neighbors=8, shared=shared)
+    graph = neighbor_graph(near, shared=shared).toarray()
+    scale = graph.sum(1) ** -0.5
+    weights, theirs = np.linalg.eigh(np.eye(60) - scale[:, None] * graph * scale)
+    np.testing.assert_allclose(1 - values.numpy(), weights[:5], atol=1e-8)
+    np.testing.assert_allclose(np.abs(theirs[:, :5].T @ vectors.numpy()), np.eye(5), atol=1e-5)
