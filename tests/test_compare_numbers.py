@@ -1,0 +1,67 @@
+"""The script that compares numbers of clusters: its cases, its figures, a package that is missing."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepclust.errors import UserError
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    return importlib.import_module("compare_numbers")
+
+
+def test_subsets_are_of_as_many_classes_and_other_draws_of_others(script, tmp_path):
+    drawn = []
+    for draw in (0, 1):
+        x, classes = script.rows_of(script.Case("digits", 4, draw), tmp_path, None)
+        assert len(x) == len(classes) and x.shape[1] == 64
+        drawn.append(set(classes.tolist()))
+    assert len(drawn[0]) == len(drawn[1]) == 4 and drawn[0] != drawn[1]
+    x, classes = script.rows_of(script.Case("unequal blobs", 5, 0), tmp_path, None)
+    sizes = np.bincount(classes)
+    assert len(sizes) == 5 and sizes[0] > 8 * sizes[-1] and len(x) == sizes.sum()
+
+
+def test_half_of_the_cases_are_held_out(script):
+    cases = script.cases({"clothing": "a", "fashion-lite0": "b"})
+    held = [case for case in cases if case.held_out]
+    assert len(set(map(str, cases))) == len(cases) and 0.45 < len(held) / len(cases) < 0.6
+    assert {case.data for case in held} & {"digits-simclr", "clothing", "blobs"}
+    assert "clothing" not in {case.data for case in script.cases({})}
+
+
+def test_noise_counts_as_clusters_of_their_own(script, tmp_path):
+    np.savez(tmp_path / "a.npz", labels=np.array([0, 0, 1, 1, -1, -1]), facts="{}")
+    found = script.result(tmp_path / "a.npz", np.array([0, 0, 1, 1, 2, 2]))
+    assert found.k == 2 and found.noise == pytest.approx(1 / 3) and found.ari < 1
+    together = np.array([0, 0, 1, 1, 2, 2])
+    np.savez(tmp_path / "b.npz", labels=together, facts='{"k": 4}')
+    assert script.result(tmp_path / "b.npz", together).ari == 1 and script.result(tmp_path / "b.npz", together).k == 4
+
+
+def test_the_table_leaves_out_what_is_missing_and_reads_what_is_there(script, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def ours(x):
+        calls.append(len(x))
+        facts = {"k": 4, "low": 3, "high": 6, "sure": "likely"}
+        return np.arange(len(x)) % 4, facts
+
+    def missing(x):
+        raise UserError("EVoC needs its package: pip install evoc")
+
+    monkeypatch.setattr(script, "METHODS", {"ours": ours, "evoc": missing})
+    words = ["--out", str(tmp_path), "--sets", "blobs", "--methods", "ours", "evoc"]
+    assert script.main(words) == 0 and len(calls) == 2 * len(script.BLOBS)
+    assert script.main(words) == 0 and len(calls) == 2 * len(script.BLOBS)
+    text = (tmp_path / "table.md").read_text()
+    assert "EVoC" not in text and "| blobs | 5 | 1 | yes | 4 | 3-6 | likely |" in text
+    assert "| blobs, held out (5) | ours |" in text and "| likely | 5 | 0 % |" in text
+    assert "evoc is left out: EVoC needs its package" in capsys.readouterr().err
