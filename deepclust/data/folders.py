@@ -28,6 +28,7 @@ from deepclust.data.image_set import (
 from deepclust.data.images import EXTENSIONS, all_grey, decode_all
 from deepclust.data.longtail import long_tail
 from deepclust.errors import UserError
+from deepclust.run_folder import LOCK
 
 TRAIN_NAMES = {"train", "training"}
 SPLIT_NAMES = TRAIN_NAMES | {"val", "valid", "validation", "test", "testing"}
@@ -117,7 +118,7 @@ def list_folder(root: str, key: str = "data.root=") -> Listing:
 
 
 def _walk(root: Path, key: str) -> Iterator[str]:
-    """Relative paths of all files below `root` that are not hidden."""
+    """Relative paths of all files below `root` that are not hidden, without those of runs and stores of ours."""
     above = tuple((status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents))
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", above)]
     while waiting:
@@ -132,6 +133,8 @@ def _walk(root: Path, key: str) -> Iterator[str]:
             ) from error
         here = (status.st_dev, status.st_ino)
         if here in ancestors:  # a link back to a folder that contains it
+            continue
+        if below and any(entry.name == LOCK for entry in entries):  # ours; a run's sorted/ holds the same images again
             continue
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name

@@ -102,6 +102,14 @@ def test_a_train_folder_alone_and_split_names_among_others(make_folder: MakeFold
     assert datasets.image_folder(str(root), size=8).train.class_names == ["bus", "train"]
 
 
+def test_what_a_run_left_below_the_images_is_no_image(make_folder: MakeFolder) -> None:
+    root = make_folder(["a.png", "outputs/clusters/sorted/000/a.png", "outputs/b.png"])
+    (root / "outputs/clusters/.deepclust.lock").touch()
+    assert folders.list_folder(str(root)).paths == ["a.png", "outputs/b.png"]
+    (root / ".deepclust.lock").touch()
+    assert folders.list_folder(str(root)).paths == ["a.png", "outputs/b.png"]
+
+
 def test_hidden_files_and_other_kinds_are_no_images(make_folder: MakeFolder) -> None:
     hidden = [".a.png", ".ipynb_checkpoints/x.png", "__MACOSX/cat/x.png", ".git/y.png", "cat/.z.png"]
     root = make_folder(["cat/a.png", "dog/b.png", *hidden])
