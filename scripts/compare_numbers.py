@@ -34,7 +34,7 @@ from compare_imbalanced import features_of
 from deepclust.clusterers import cluster
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
-from deepclust.eval.number import estimate_number
+from deepclust.eval.number import CRITERIA, estimate_number
 from deepclust.run_folder import write_atomic
 
 SETS = ("clothing", "digits", "digits-simclr", "fashion-lite0", "fashion-simclr")
@@ -209,20 +209,46 @@ def table(found: dict[Case, dict[str, Result]], methods: Sequence[str]) -> list[
     return lines
 
 
+def halves(found: dict[Case, dict[str, Result]]) -> dict[str, list[Case]]:
+    """The cases by whether they were looked at and whether they are images."""
+    parts: dict[str, list[Case]] = {}
+    for what, blob in (("images", False), ("blobs", True)):
+        for how, held in (("looked at", False), ("held out", True)):
+            mine = [case for case in found if case.held_out == held and ("blobs" in case.data) == blob]
+            parts |= {f"{what}, {how}": mine} if mine else {}
+    return parts
+
+
+def factors(ks: Sequence[int], mine: Sequence[Case]) -> np.ndarray:
+    """By what factor, 1 or more, each number is off."""
+    truth = np.array([case.classes for case in mine])
+    return np.exp(np.abs(np.log(np.maximum(ks, 1e-3) / truth)))
+
+
+def alone(found: dict[Case, dict[str, Result]]) -> list[str]:
+    """How far off each criterion would be by itself, and a number that never looks."""
+    parts = halves(found)
+    lines = ["| off by a factor of (within 25 %) | " + " | ".join(parts) + " |", "|" + " --- |" * (len(parts) + 1)]
+    guesses: dict[str, Callable[[dict[str, Any]], int]] = {
+        name: lambda facts, name=name: facts["votes"].get(name, facts["k"]) for name in CRITERIA
+    }
+    guesses |= {"all together": lambda facts: facts["k"], "always 7": lambda facts: 7}
+    for name, guess in guesses.items():
+        cells = []
+        for mine in parts.values():
+            off = factors([guess(found[case]["ours"].facts) for case in mine], mine)
+            cells.append(f"{np.exp(np.log(off).mean()):.2f} ({100 * np.mean(off <= 1.25 + 1e-9):.0f} %)")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def summary(found: dict[Case, dict[str, Result]], methods: Sequence[str]) -> list[str]:
     """How far off each method is, in the cases that were looked at and in the others."""
     head = ["cases", "", "off by a factor of", "exact", "within 25 %", "within a factor of 2", "noise", "ARI", "NMI"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name, held, blob in (
-        ("images, looked at", False, False),
-        ("images, held out", True, False),
-        ("blobs, looked at", False, True),
-        ("blobs, held out", True, True),
-    ):
-        mine = [case for case in found if case.held_out == held and ("blobs" in case.data) == blob]
-        for method in methods if mine else ():
-            ratio = np.array([found[case][method].k / case.classes for case in mine]).clip(1e-3)
-            off = np.exp(np.abs(np.log(ratio)))
+    for name, mine in halves(found).items():
+        for method in methods:
+            off = factors([found[case][method].k for case in mine], mine)
             cells = [f"{name} ({len(mine)})", NAMES[method], f"{np.exp(np.log(off).mean()):.2f}"]
             cells += [f"{100 * np.mean(off <= most + 1e-9):.0f} %" for most in (1, 1.25, 2)]
             means = [np.mean([getattr(found[case][method], what) for case in mine]) for what in ("noise", "ari", "nmi")]
@@ -274,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 missing.add(method)
     methods = [method for method in asked.methods if method not in missing]
     if found and "ours" in methods:
-        parts = (table(found, methods), summary(found, methods), honesty(found))
+        parts = (table(found, methods), summary(found, methods), alone(found), honesty(found))
         text = "\n\n".join("\n".join(part) for part in parts) + "\n"
         write_atomic(asked.out / "table.md", text)
         print(text)

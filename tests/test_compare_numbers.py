@@ -51,7 +51,7 @@ def test_the_table_leaves_out_what_is_missing_and_reads_what_is_there(script, tm
 
     def ours(x):
         calls.append(len(x))
-        facts = {"k": 4, "low": 3, "high": 6, "sure": "likely"}
+        facts = {"k": 4, "low": 3, "high": 6, "sure": "likely", "votes": {"peaks": 5}}
         return np.arange(len(x)) % 4, facts
 
     def missing(x):
@@ -64,4 +64,5 @@ def test_the_table_leaves_out_what_is_missing_and_reads_what_is_there(script, tm
     text = (tmp_path / "table.md").read_text()
     assert "EVoC" not in text and "| blobs | 5 | 1 | yes | 4 | 3-6 | likely |" in text
     assert "| blobs, held out (5) | ours |" in text and "| likely | 5 | 0 % |" in text
+    assert "| peaks | 2.43 (20 %) | 2.43 (20 %) |" in text and "| always 7 | 2.28 (20 %) |" in text
     assert "evoc is left out: EVoC needs its package" in capsys.readouterr().err
