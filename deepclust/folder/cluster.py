@@ -230,7 +230,7 @@ def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLo
     number, num_clusters = None, wanted.num_clusters
     if num_clusters is None:
         console.message("number of clusters ...")
-        from deepclust.eval.number import estimate_number  # pyright: ignore[reportMissingImports]
+        from deepclust.eval.number import estimate_number
 
         with watch("number"):
             estimate = estimate_number(x, seed=wanted.seed)
@@ -286,7 +286,7 @@ def _carry(derived: Derived, found: Found, wanted: Wanted, store: FeatureStore) 
 
 def _conclude(run: FolderRun, state: State, watch: Stopwatch, console: ConsoleLogger) -> int:
     """Writes the files and says what there is."""
-    from deepclust.folder.outputs import write_all  # pyright: ignore[reportMissingImports]
+    from deepclust.folder.outputs import write_all
 
     run.facts["seconds"] = watch.seconds
     run.save()

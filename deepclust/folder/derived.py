@@ -39,7 +39,9 @@ class Derived:
     def __init__(self, store: FeatureStore, backbone: str, told: Callable[[str], None] = lambda what: None) -> None:
         self.store, self.backbone, self.told = store, backbone, told
         self.rows = store.rows(backbone)
-        digest = hashlib.sha256(f"{backbone} {store.digest(backbone)}".encode() + self.rows.tobytes())
+        digest = hashlib.sha256(f"{backbone} {store.digest(backbone)}".encode())
+        for column in (self.rows, store.perceptual[self.rows], store.has_perceptual[self.rows]):
+            digest.update(column.tobytes())
         self.key = digest.hexdigest()
 
     def __len__(self) -> int:
