@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +16,13 @@ import torch
 from deepclust.data.ahead import Batch, Job, decode_ahead
 from deepclust.data.folders import list_folder, printable
 from deepclust.data.images import num_decoders
-from deepclust.data.store import BLOCK, StoredBackbone
+from deepclust.data.store import BLOCK, MANIFEST, FeatureStore, StoredBackbone
 from deepclust.data.store_writer import Changes, Fact, StoreWriter
-from deepclust.encoders import Encoder, NoWeights, find_encoder, precision_of
 from deepclust.errors import UserError
 from deepclust.loggers.console import ConsoleLogger
+
+if TYPE_CHECKING:
+    from deepclust.encoders import Encoder
 
 DEFAULT_BACKBONE = "vit_small_patch16_224.dino"
 """Trained on images without their labels (Caron et al. 2021)."""
@@ -89,8 +93,9 @@ def extract(asked: Asked, console: ConsoleLogger | None = None) -> int:
 def fill(asked: Asked, console: ConsoleLogger, rest: Callable[[int], float] | None = None) -> Filled:
     """The same for those that go on with the store. rest: seconds that this will take for so many images."""
     listing = list_folder(str(asked.folder), key="")
-    encoders, missing = _encoders(asked)
     path = asked.store or default_store(listing.root)
+    names = [] if rest is None else known_backbones(path, asked)
+    encoders, missing = ([], "") if names else _encoders(asked)
     tasks: list[Task] = []
     with StoreWriter.create(path, listing.root) as store:
         try:
@@ -98,10 +103,13 @@ def fill(asked: Asked, console: ConsoleLogger, rest: Callable[[int], float] | No
                 encoders.append(_trained(store, listing.root, missing, console))
             changes = store.update(listing, asked.hashing)
             _introduce(store, changes, listing.num_ignored, console)
+            if not all(store.computed(name).all() and not store.damaged(name) for name in names):
+                (encoders, missing), names = _encoders(asked), []
+                if missing:
+                    encoders.append(_trained(store, listing.root, missing, console))
             tasks = [_task(store, encoder, asked, console) for encoder in encoders]
-            _compute(
-                store, tasks, asked, console, 0.0 if rest is None else rest(int((store.status != "deleted").sum()))
-            )
+            behind = 0.0 if rest is None else rest(int((store.status != "deleted").sum()))
+            _compute(store, tasks, asked, console, behind)
         except KeyboardInterrupt:
             console.finish("stopped")
             done = [f"{store.computed(name).sum():,} of {len(store):,} images by {name}" for name in store.backbones]
@@ -111,7 +119,32 @@ def fill(asked: Asked, console: ConsoleLogger, rest: Callable[[int], float] | No
         _conclude(store, tasks, console, hint=rest is None)
         if not store.valid.any():
             raise UserError(f"{store.root}: none of the images can be read")
-    return Filled(path, [task.stored.name for task in tasks], False)
+    return Filled(path, names or [task.stored.name for task in tasks], False)
+
+
+def known_backbones(path: Path, asked: Asked) -> list[str]:
+    """Names in the store of all backbones asked for, where it has them all; else none of them.
+
+    Only what cannot have other weights by now is known by its name: timm models without a local file, an unchanged
+    FILE.py, and the backbone that was trained in the store itself for want of the default one.
+    """
+    if asked.weights or not (path / MANIFEST).is_file():
+        return []
+    there = FeatureStore.open(path).backbones.values()
+    found = []
+    for name in asked.backbones or [DEFAULT_BACKBONE]:
+        wanted: list[dict[str, Any]] = [{"name": name, "weights": None, "size": asked.size}]
+        place, colon, function = name.rpartition(":")
+        if place.endswith(".py") and Path(place).is_file():
+            wanted[0]["name"] = f"{os.path.abspath(place)}{colon}{function}"
+            wanted[0]["code"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
+        elif colon or "/" in name:
+            return []
+        if not asked.backbones:
+            wanted.append({"name": os.path.abspath(path / "simclr"), "weights": None, "size": asked.size})
+        fit = [each.name for each in there if each.dtype == asked.dtype and each.identity.get("made_by") in wanted]
+        found += fit[:1]
+    return found if len(found) == len(asked.backbones or [DEFAULT_BACKBONE]) else []
 
 
 def default_store(root: Path) -> Path:
@@ -121,6 +154,8 @@ def default_store(root: Path) -> Path:
 
 def _encoders(asked: Asked) -> tuple[list[Encoder], str]:
     """The encoders that can be had, and why another one has to be trained ("" if none has to)."""
+    from deepclust.encoders import NoWeights, find_encoder
+
     names = asked.backbones or ([] if asked.weights else [DEFAULT_BACKBONE])
     if asked.weights and len(asked.weights) != len(names):
         raise UserError(
@@ -144,6 +179,8 @@ def _encoders(asked: Asked) -> tuple[list[Encoder], str]:
 
 def _trained(store: StoreWriter, root: Path, missing: str, console: ConsoleLogger) -> Encoder:
     """The backbone of a SimCLR stage on the images themselves, trained now unless it was before."""
+    from deepclust.encoders import find_encoder
+
     folder = store.path / "simclr"
     model = folder / "model.safetensors"
     if model.is_file():
@@ -183,6 +220,8 @@ def _introduce(store: StoreWriter, changes: Changes, num_ignored: int, console: 
 
 def _task(store: StoreWriter, encoder: Encoder, asked: Asked, console: ConsoleLogger) -> Task:
     """Gives an encoder its place in the store, and says what it is."""
+    from deepclust.encoders import precision_of
+
     stored = encoder.stored(asked.dtype)
     known = store.backbones.get(stored.name)
     usual = 256 if encoder.device.type == "cuda" else 32

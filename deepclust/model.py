@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from deepclust.data.view_ops import split_view
 from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
+
+if TYPE_CHECKING:
+    from deepclust.data.views import ViewTransform
 
 FORMAT = 1
 
@@ -96,15 +100,18 @@ class Clusterer:
     """
 
     def __init__(self, network: Network, spec: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
-        from deepclust.data.views import ViewTransform
-
         self.spec = dict(spec)
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
+
+    @cached_property
+    def view(self) -> ViewTransform:
+        """Pixels as they are read to what the backbone is fed."""
+        from deepclust.data.views import ViewTransform
+
         size = self.spec["view_size"]
-        self.view = ViewTransform(
-            self.spec["clean"], size if isinstance(size, int) else tuple(size), spec["mean"], spec["std"]
-        )
+        size = size if isinstance(size, int) else tuple(size)
+        return ViewTransform(self.spec["clean"], size, self.spec["mean"], self.spec["std"])
 
     @property
     def num_clusters(self) -> int:

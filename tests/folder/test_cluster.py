@@ -74,6 +74,26 @@ def test_another_k_reuses_features_and_what_was_made_of_them(words: list[str], m
     assert len({line["cluster"] for line in table("outputs/clusters-photos-k3")}) == 3
 
 
+def test_features_that_are_there_need_no_network(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    assert main([*words, "-k", "3"]) == 0
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was built")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepclust.encoders.find_encoder", refuse)
+        assert main([*words, "-k", "4"]) == 0
+        Image.new("RGB", (14, 10), "white").save("photos/new.png")
+        with pytest.raises(AssertionError):
+            main([*words, "-k", "4"])
+    Path("nets.py").write_text(NETS.format(labels=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("deepclust.encoders.find_encoder", refuse)
+        with pytest.raises(AssertionError):
+            main([*words, "-k", "4"])
+    assert main([*words, "-k", "4"]) == 0 and len(table("outputs/clusters-photos-k4")) == 63
+
+
 def test_the_same_command_gives_the_same_bytes(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main([*words, "-k", "3"]) == 0
     run = Path("outputs/clusters-photos-k3")
