@@ -1,4 +1,4 @@
-"""Clusterings of a matrix of features that train no network: one name, one function, one interface.
+"""Clusterings of a matrix of features, without a run's folder: one name, one function, one interface.
 
     cluster("spectral", features, 10).labels
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from deepclust.errors import UserError
+from deepclust.heads.base import Bank, Batch, Head, Progress
 from deepclust.ops import kmeans as fit_kmeans
 from deepclust.ops import knn
 from deepclust.ops.diffusion import Diffusion
@@ -34,8 +35,8 @@ MAX_DENSE = 12_000
 class Clustering:
     """labels: (N,) int64 in [0, K), -1 for noise where it was asked for. confidence: (N,) float32 from 0 to 1.
 
-    A mixture's confidence is its posterior, HDBSCAN's its membership, that of `diffusion` the share of the votes;
-    elsewhere it is the share of a row and its 15 nearest neighbours that are in the row's cluster.
+    A mixture's confidence is its posterior, that of `prototypes` too, HDBSCAN's its membership, that of `diffusion` the
+    share of its votes; elsewhere it is the share of a row and its 15 nearest neighbours that are in its cluster.
     """
 
     labels: np.ndarray
@@ -79,12 +80,14 @@ def prepared(x: np.ndarray, num_clusters: int, *, normalize: bool = True) -> np.
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """At most two threads, and no warnings that a comparison may live with: its figures show what they say."""
-    from joblib import effective_n_jobs
+    """At most two threads, and no more than torch has; no warnings that a comparison may live with.
+
+    Figures show what they say.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(min(2, effective_n_jobs(-1))), warnings.catch_warnings():
+    with threadpool_limits(min(2, torch.get_num_threads())), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters; a mixture still moving
         warnings.filterwarnings("ignore", message="Graph is not fully connected")  # clusters may well be islands
         warnings.filterwarnings("ignore", message="n_jobs value")  # UMAP with a seed runs on one thread
@@ -167,6 +170,52 @@ def _diffusion(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     return votes.argmax(dim=1).numpy(), votes.amax(dim=1).numpy()
 
 
+def _prototypes(x: np.ndarray, num_clusters: int, seed: int) -> Found:
+    """Prototypes that begin at diffusion clusters and learn their neighbours' codes: `heads.neighbor_prototypes`.
+
+    A linear map, so that clusters are cones of features; codes are softer than the head's own (epsilon 0.05).
+    """
+    from deepclust.heads.neighbor_prototypes import NeighborPrototypes
+
+    rows, settings = torch.from_numpy(x), {"num_heads": 1, "epsilon": 0.05, "init": "diffusion", "view": "clean"}
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        head = NeighborPrototypes(x.shape[1], num_clusters, len(x), **settings)
+        learn(head, rows)
+    with torch.no_grad():
+        best = head.predict(rows).max(dim=1)
+    return best.indices.numpy(), best.values.numpy()
+
+
+def learn(head: Head, rows: torch.Tensor, *, passes: int = 15, batch_size: int = 512, lr: float = 1e-3) -> None:
+    """Trains a head whose second view is a partner's on rows (N, D) as they are: no folder, no views, no resuming.
+
+    AdamW on a cosine from lr to 0. Random numbers come from the global state.
+    """
+    bank = Bank(rows, torch.arange(len(rows)), len(rows))
+    head.init_prototypes(bank)
+    partners, batch_size = head.refresh(bank).partners, min(batch_size, len(rows))
+    assert partners is not None
+    steps, order = len(rows) // batch_size, torch.arange(len(rows))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, passes * steps)
+    with torch.enable_grad():
+        for step in range(passes * steps):
+            if step % steps == 0:
+                order = torch.randperm(len(rows))
+            index = order[step % steps * batch_size :][:batch_size]
+            partner = partners[index, torch.randint(partners.shape[1], (batch_size,))]
+            seen = step * batch_size
+            batch = Batch(index, Progress(step, passes * steps, step // steps, passes, seen, passes * len(rows)))
+            outputs = {0: head(rows[index], 0), 1: head(rows[partner], 1)}
+            with torch.no_grad():
+                targets = head.targets({view: output.detach() for view, output in outputs.items()}, batch)
+            optimizer.zero_grad()
+            head.loss(outputs, targets, batch)["loss"].backward()
+            optimizer.step()
+            schedule.step()
+
+
 def _ward(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     """Ward's agglomeration (1963); of more than 12,000 rows, merging along the neighbour graph alone."""
     from sklearn.cluster import AgglomerativeClustering
@@ -231,6 +280,7 @@ METHODS: dict[str, Callable[[np.ndarray, Any, int], Found]] = {
     "gmm": _gmm,
     "spectral": _spectral,
     "diffusion": _diffusion,
+    "prototypes": _prototypes,
     "ward": _ward,
     "tsne_gmm": _tsne_gmm,
     "umap_hdbscan": _umap_hdbscan,

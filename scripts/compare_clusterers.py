@@ -9,7 +9,7 @@ clusters is that of the classes. Heads train by their own recipe, as `python tra
 
 A finished cell is a file and is read, not computed, the next time; several processes may share one OUT. Labels are read
 when the tables are made. A star marks the clustering that a label-free criterion chooses (--by); the second table says
-what each criterion would have chosen, and what that costs against the best.
+what each criterion's choice costs against the best, and what one method for all sets costs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deepclust.run_folder import write_atomic
 SETS = ("digits-1", "fashion_mnist-1")
 """The last number is the imbalance; 1: none."""
 SCORES = ("acc", "macro_acc", "nmi", "ari")
-HEADS = ("prototypes", "temi", "scan", "p2ot")
+HEADS = ("temi", "scan", "p2ot")
 NAMES = (*METHODS, *HEADS)
 QUIET = {
     "augment": "features",
@@ -159,26 +159,36 @@ def table(found: Sequence[Result], by: str) -> list[str]:
 
 
 def verdicts(found: Sequence[Result]) -> list[str]:
-    """How far behind the best each criterion's choice is, and how it ranks clusterings, over sets and seeds."""
+    """How far behind the best each criterion's choice is, and how it ranks clusterings, over sets and seeds.
+
+    Then the same of one method for all sets, where it is there for all.
+    """
     from scipy.stats import spearmanr
 
     lines = ["", "| criterion | ACC behind the best | NMI behind the best | rank correlation with ACC | with NMI |"]
     lines += ["|" + " --- |" * 5]
     sets = [of_seed for _, of_set in groups(found, "data") for _, of_seed in groups(of_set, "seed")]
     for criterion in CRITERIA:
-        columns = []
-        for score in ("acc", "nmi"):
-            behind = [
-                max(each.scores[score] for each in rows) - next(r.scores[score] for r in rows if r.chosen[criterion])
-                for rows in sets
-            ]
-            columns.append(f"{100 * statistics.mean(behind):.1f}")
+        columns = _behind(sets, [next(each for each in rows if each.chosen[criterion]) for rows in sets])
         for score in ("acc", "nmi"):
             pairs = [([r.criteria[criterion] for r in rows], [r.scores[score] for r in rows]) for rows in sets]
             ranks = [float(spearmanr(*pair).statistic) for pair in pairs if len(pair[0]) > 2]
             columns.append(f"{np.nanmean(ranks):.2f}" if ranks else "")
         lines.append(f"| {criterion} | {' | '.join(columns)} |")
+    for method in NAMES:
+        always = [each for rows in sets for each in rows if each.cell.method == method]
+        if len(always) == len(sets):
+            lines.append(f"| always {method} | {' | '.join(_behind(sets, always))} | | |")
     return lines
+
+
+def _behind(sets: Sequence[Sequence[Result]], chosen: Sequence[Result]) -> list[str]:
+    """Points of ACC and of NMI by which the chosen are behind the best of their sets, in the mean."""
+    columns = []
+    for score in ("acc", "nmi"):
+        best = [max(each.scores[score] for each in rows) for rows in sets]
+        columns.append(f"{100 * statistics.mean(top - each.scores[score] for top, each in zip(best, chosen)):.1f}")
+    return columns
 
 
 def write_csv(path: Path, found: Sequence[Result]) -> None:

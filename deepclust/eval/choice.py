@@ -1,7 +1,9 @@
 """Which of several clusterings of the same features to believe, where nobody has labels.
 
 Every criterion is larger for the better clustering. How well each chooses on sets that have labels is measured by
-`scripts/compare_clusterers.py`.
+`scripts/compare_clusterers.py`. None chooses better than somebody who always takes `diffusion`: of 20 sets and subsets,
+four clusterings each, that costs 1.4 points of accuracy against the best of the four, neighbour agreement 2.3,
+consensus 2.2, silhouette 3.3, self-prediction 3.8. So the default is a preference with a guard.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from deepclust.clusterers import neighbors_of
 from deepclust.eval.label_free import as_array, neighbor_agreement, sample_rows, silhouette
 from deepclust.eval.metrics import as_labels
 
-CRITERIA = ("neighbor_agreement", "silhouette", "consensus", "self_prediction", "mean_rank")
-DEFAULT = "consensus"
+SINGLE = ("neighbor_agreement", "silhouette", "consensus", "self_prediction")
+CRITERIA = (*SINGLE, "mean_rank", "preference")
+DEFAULT = "preference"
+PREFERRED, LEAD = "diffusion", 0.02
+"""The clusterer that is preferred, unless neighbours agree by so much better on another's clusters."""
 MAX_ROWS = 5000
 """Rows on which a linear map is fitted; the other criteria see as many as `silhouette` draws, or all."""
 
@@ -29,7 +34,8 @@ def criteria(features: Any, clusterings: Mapping[str, Any], *, seed: int = 0) ->
     neighbor_agreement: how often the 15 nearest neighbours share a cluster, beyond chance. silhouette: mean under
     cosine distance. consensus: mean normalised mutual information with the other clusterings (Strehl and Ghosh 2002).
     self_prediction: how well a linear map that has not seen a row tells its cluster, beyond chance.
-    mean_rank: the mean place, 0 for the last to 1 for the first, by the other four.
+    mean_rank: the mean place, 0 for the last to 1 for the first, by these four. preference: neighbour agreement, and
+    0.02 more for the clustering that is called `diffusion`.
     """
     rows = as_array(features).astype(np.float32)
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -46,6 +52,7 @@ def criteria(features: Any, clusterings: Mapping[str, Any], *, seed: int = 0) ->
         }
     for name, place in _mean_ranks(scores).items():
         scores[name]["mean_rank"] = place
+        scores[name]["preference"] = scores[name]["neighbor_agreement"] + LEAD * (name == PREFERRED)
     return scores
 
 
@@ -123,6 +130,6 @@ def _mean_ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     from scipy.stats import rankdata
 
     names = list(scores)
-    columns = [[scores[name][criterion] for name in names] for criterion in CRITERIA[:-1]]
+    columns = [[scores[name][criterion] for name in names] for criterion in SINGLE]
     places = np.mean([rankdata(column) - 1 for column in columns], axis=0) / max(1, len(names) - 1)
     return dict(zip(names, places.tolist()))

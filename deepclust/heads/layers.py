@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deepclust.errors import UserError
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import mean_rows, sum_over
+from deepclust.ops.diffusion import diffusion_clusters
 from deepclust.ops.spectral import spectral_clusters
 
 SPECTRAL_NEIGHBORS = (15, 20, 30, 40)
@@ -135,8 +136,8 @@ class ClusterLayer(nn.Module):
         """Clusters of the bank's features (n, D) become weights: sub-head h begins by `methods[h % len(methods)]`.
 
         `kmeans`: spherical k-means. `spectral`: means of spectral clusters, on graphs of 15, 20, 30 and 40 neighbours
-        in turn, then fitted to give those very clusters. `random`: left as drawn. Sub-head h has `seed` + h, the
-        same on all ranks.
+        in turn, then fitted to give those very clusters. `diffusion`: the same of diffusion clusters, which hardly
+        depend on the seed: for one sub-head. `random`: left as drawn. Sub-head h has `seed` + h, the same on all ranks.
         """
         scale = float(mean_rows(features.norm(dim=1, keepdim=True), group))
         for head in range(self.num_heads):
@@ -152,13 +153,18 @@ class ClusterLayer(nn.Module):
                     group=group,
                 )
                 self.set_prototypes(head, found.centroids.to(self.weight), scale)
-            elif method == "spectral":
-                options = {"num_neighbors": SPECTRAL_NEIGHBORS[head % len(SPECTRAL_NEIGHBORS)], "seed": seed + head}
-                labels = spectral_clusters(features, self.num_clusters, group=group, **options)
+            elif method != "random":
+                labels = self._graph_clusters(method, head, features, seed=seed + head, group=group)
                 members = F.one_hot(labels, self.num_clusters).to(features)
                 sums = sum_over(members.T @ F.normalize(features, dim=1), group)
                 self.set_prototypes(head, F.normalize(sums, dim=1).to(self.weight), scale)
                 self._fit(head, features, labels, group)
+
+    def _graph_clusters(self, method: str, head: int, features: Tensor, **options: Any) -> Tensor:
+        if method == "diffusion":
+            return diffusion_clusters(features, self.num_clusters, **options)
+        near = SPECTRAL_NEIGHBORS[head % len(SPECTRAL_NEIGHBORS)]
+        return spectral_clusters(features, self.num_clusters, num_neighbors=near, **options)
 
     def _fit(self, head: int, features: Tensor, labels: Tensor, group: Any, steps: int = 100, lr: float = 5e-3) -> None:
         """Cross entropy on the frozen features, whole bank per step: nearest means are not spectral clusters."""

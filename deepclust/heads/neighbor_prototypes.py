@@ -23,7 +23,7 @@ from deepclust.ops.collectives import gather_rows, mean_rows
 from deepclust.ops.neighbors import neighbor_table
 from deepclust.schema import Count, Fraction, Positive
 
-Start = Literal["random", "kmeans", "spectral"]
+Start = Literal["random", "kmeans", "spectral", "diffusion"]
 
 
 class NeighborPrototypes(Head):

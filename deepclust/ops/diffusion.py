@@ -2,10 +2,11 @@
 
 Spectral clustering keeps as many eigenvectors of the graph as there are clusters, all alike, and hangs on that number:
 one more or less is another clustering. Here all of the first 2 K count, by how slowly the walk forgets them: eigenvalue
-l weighs (1 - l)^-0.75. The power 1/2 would make distances those of the walk's commute time (Fouss et al. 2007), 1 those
-of the biharmonic distance (Lipman et al. 2010). k-means of such embeddings of four graphs vote, after their clusters
-are matched one-to-one; and a walk of a few steps lets neighbours have a say. The power, the number of components and
-the graphs were settled with labels of clothing photos and of digits in view; `scripts/compare_clusterers.py` measures.
+l weighs (1 - l)^-power. The power 1/2 would make distances those of the walk's commute time (Fouss et al. 2007), 1
+those of the biharmonic distance (Lipman et al. 2010). k-means of such embeddings of four graphs, at two powers between,
+vote after their clusters are matched one-to-one; and a walk of a few steps lets neighbours have a say. Powers, number
+of components and graphs were settled with labels of clothing photos, digits and Fashion-MNIST in view;
+`scripts/compare_clusterers.py` measures.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 from deepclust.ops import kmeans
 from deepclust.ops.agreement import normalized_mutual_information
 from deepclust.ops.neighbors import knn
-from deepclust.ops.spectral import graph_components, neighbor_graph
+from deepclust.ops.spectral import graph_components, neighbor_graph, on_first_rank
 
 NEIGHBORS = (10, 15, 20, 30)
 """Of the four graphs."""
 SMOOTHING = 20
 """Neighbours in the graph on which votes are smoothed."""
-POWER = 0.75
+POWERS = (0.6, 0.75)
 CLOSE = 1e-3
 """What an eigenvalue is at least below 1: islands of a graph are far apart, not infinitely far."""
 STEPS, RESTART = 10, 0.5
@@ -36,7 +37,8 @@ class Diffusion:
     """The embeddings of rows (N, D), compared by cosine, from which any number of clusters up to `largest` is found.
 
     Neighbours and eigenvectors cost most and are computed once, float64 on the processor; then a number of clusters
-    takes a few runs of k-means on 2 K columns. Raises ValueError where `largest` is not in 1..N-1.
+    takes a few runs of k-means on 2 K columns. Groups of fewer rows than a graph has neighbours are no islands in it.
+    Raises ValueError where `largest` is not in 1..N-1.
     """
 
     def __init__(self, features: Tensor, largest: int) -> None:
@@ -45,9 +47,9 @@ class Diffusion:
             raise ValueError(f"{largest} clusters: choose from 1 to {num - 1}, there are {num} rows")
         x = F.normalize(features.float(), dim=1)
         near = knn(x, x, k=min(max(NEIGHBORS), num - 1), exclude_self=True)[1].cpu().numpy()
-        self.largest, self.num = largest, num
+        self.largest = largest
         graphs = {k: neighbor_graph(near[:, :k], shared=True) for k in sorted({min(k, num - 1) for k in NEIGHBORS})}
-        self.parts = [_weighted(graph, 2 * largest + 1) for graph in graphs.values()]
+        self.parts = [part for graph in graphs.values() for part in _weighted(graph, 2 * largest + 1)]
         smooth = graphs[min(SMOOTHING, num - 1)]
         self.walk: Any = smooth.multiply(1 / np.asarray(smooth.sum(axis=1))).tocsr()
 
@@ -59,7 +61,7 @@ class Diffusion:
             kmeans(
                 F.normalize(part[:, : 2 * num_clusters + 1], dim=1).float(),
                 num_clusters,
-                num_restarts=10,
+                num_restarts=5,
                 num_iters=100,
                 seed=seed + number,
             ).labels
@@ -71,9 +73,16 @@ class Diffusion:
         return torch.from_numpy(_all_used(smooth))
 
 
-def diffusion_clusters(features: Tensor, num_clusters: int, *, seed: int = 0) -> Tensor:
-    """Labels (N,) int64 of rows (N, D) on their device: the cluster with most votes. See `Diffusion`."""
-    return Diffusion(features, num_clusters).votes(num_clusters, seed=seed).argmax(dim=1).to(features.device)
+def diffusion_clusters(features: Tensor, num_clusters: int, *, seed: int = 0, group: Any = None) -> Tensor:
+    """Labels (n,) int64 of this rank's rows (n, D), on their device: the cluster with most votes. See `Diffusion`.
+
+    All rows of all ranks are gathered; rank 0 decides.
+    """
+
+    def labels_of(rows: Tensor) -> Tensor:
+        return Diffusion(rows, num_clusters).votes(num_clusters, seed=seed).argmax(dim=1)
+
+    return on_first_rank(labels_of, features.float(), group)
 
 
 def agreed(clusterings: list[np.ndarray], num_clusters: int, *, rounds: int = 5) -> np.ndarray:
@@ -103,13 +112,13 @@ def _matched(ones: np.ndarray, votes: np.ndarray) -> np.ndarray:
     return ones[:, order]
 
 
-def _weighted(graph: Any, num_components: int) -> Tensor:
-    """(N, m) eigenvectors, by their weight; the constant one, which parts nothing, is taken out."""
+def _weighted(graph: Any, num_components: int) -> list[Tensor]:
+    """(N, m) eigenvectors by their weight, for each power; the constant one, which parts nothing, is taken out."""
     values, vectors = graph_components(graph, num_components)
     constant = torch.from_numpy(np.asarray(graph.sum(axis=1)).ravel() ** 0.5)
     constant = constant / constant.norm()
     vectors = vectors - constant[:, None] * (constant @ vectors)
-    return vectors * (1 - values + CLOSE).clamp_min(CLOSE) ** -POWER
+    return [vectors * (1 - values + CLOSE).clamp_min(CLOSE) ** -power for power in POWERS]
 
 
 def _all_used(votes: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,24 @@ def spectral_clusters(
     of the leading K. shared: edges weigh as `neighbor_graph` says. Returns labels (n,) int64. All rows of all ranks are
     gathered; rank 0 decides.
     """
-    everyone, offset = gather_rows(F.normalize(features.float(), dim=1), group)
-    labels = torch.zeros(len(everyone), dtype=torch.int64, device=features.device)
-    if group is None or dist.get_rank(group) == 0:
+
+    def labels_of(rows: Tensor) -> Tensor:
         size = num_clusters + extra_components
-        embedding = spectral_embedding(everyone, size, num_neighbors=num_neighbors, shared=shared)
-        labels.copy_(kmeans(embedding, num_clusters, num_restarts=20, num_iters=100, seed=seed).labels)
+        embedding = spectral_embedding(rows, size, num_neighbors=num_neighbors, shared=shared)
+        return kmeans(embedding, num_clusters, num_restarts=20, num_iters=100, seed=seed).labels
+
+    return on_first_rank(labels_of, F.normalize(features.float(), dim=1), group)
+
+
+def on_first_rank(labels_of: Callable[[Tensor], Tensor], rows: Tensor, group: Any = None) -> Tensor:
+    """Labels (n,) int64 of this rank's rows (n, D), of what rank 0 finds for all (N, D) together."""
+    everyone, offset = gather_rows(rows, group)
+    labels = torch.zeros(len(everyone), dtype=torch.int64, device=rows.device)
+    if group is None or dist.get_rank(group) == 0:
+        labels.copy_(labels_of(everyone))
     if group is not None:
         dist.broadcast(labels, src=dist.get_global_rank(group, 0), group=group)
-    return labels[offset : offset + len(features)]
+    return labels[offset : offset + len(rows)]
 
 
 def spectral_embedding(

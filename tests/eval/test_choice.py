@@ -26,6 +26,14 @@ def test_every_criterion_prefers_the_plain_clusters() -> None:
         choose(scores, "size")
 
 
+def test_diffusion_is_preferred_unless_neighbours_tell_plainly_otherwise() -> None:
+    x, y = make_blobs(400, 6, centers=4, cluster_std=1.0, random_state=1)
+    slightly = np.where(np.arange(400) < 1, (y + 1) % 4, y)
+    assert choose(criteria(x, {"ward": y, "diffusion": slightly})) == "diffusion"
+    assert choose(criteria(X, {"ward": Y, "diffusion": RANDOM})) == "ward"
+    assert choose(criteria(X, {"ward": NEARLY, "kmeans": Y})) == "kmeans"
+
+
 @pytest.mark.parametrize("dim", [6, 200])
 def test_left_out_predictions_are_those_of_as_many_regressions(dim: int) -> None:
     x = np.random.default_rng(1).normal(size=(40, dim)) + np.eye(4, dim)[np.arange(40) % 4]
