@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 
 from deepclust.data.ahead import Batch, Job, decode_ahead
-from deepclust.data.folders import list_folder, printable
+from deepclust.data.folders import Listing, list_folder, printable
 from deepclust.data.images import num_decoders
 from deepclust.data.store import BLOCK, MANIFEST, FeatureStore, StoredBackbone
 from deepclust.data.store_writer import Changes, Fact, StoreWriter
@@ -75,9 +73,9 @@ class Task:
 
 
 class Filled(NamedTuple):
-    """store: its folder. backbones: names in it of those asked for. stopped: with Ctrl-C, before all was done."""
+    """store: to be read. backbones: names in it of those asked for. stopped: with Ctrl-C, before all was done."""
 
-    store: Path
+    store: FeatureStore
     backbones: list[str]
     stopped: bool
 
@@ -90,24 +88,34 @@ def extract(asked: Asked, console: ConsoleLogger | None = None) -> int:
     return STOPPED if fill(asked, console or ConsoleLogger()).stopped else FINISHED
 
 
-def fill(asked: Asked, console: ConsoleLogger, rest: Callable[[int], float] | None = None) -> Filled:
-    """The same for those that go on with the store. rest: seconds that this will take for so many images."""
-    listing = list_folder(str(asked.folder), key="")
+def fill(
+    asked: Asked,
+    console: ConsoleLogger,
+    rest: Callable[[int], float] | None = None,
+    listing: Listing | None = None,
+) -> Filled:
+    """The same for those that go on with the store, who need no network where all features are there.
+
+    rest: seconds that this will take for so many images. listing: of the folder, where it was made just now.
+    """
+    listing = listing or list_folder(str(asked.folder), key="")
     path = asked.store or default_store(listing.root)
-    names = [] if rest is None else known_backbones(path, asked)
-    encoders, missing = ([], "") if names else _encoders(asked)
-    tasks: list[Task] = []
+    begun = rest is not None and (path / MANIFEST).is_file()
+    encoders, missing = ([], "") if begun else _encoders(asked)
+    names: list[str] = []
     with StoreWriter.create(path, listing.root) as store:
         try:
             if missing:
                 encoders.append(_trained(store, listing.root, missing, console))
             changes = store.update(listing, asked.hashing)
             _introduce(store, changes, listing.num_ignored, console)
-            if not all(store.computed(name).all() and not store.damaged(name) for name in names):
-                (encoders, missing), names = _encoders(asked), []
+            names = _known(store, asked) if begun else []
+            if begun and not (names and all(_complete(store, name) for name in names)):
+                encoders, missing = _encoders(asked)
                 if missing:
                     encoders.append(_trained(store, listing.root, missing, console))
             tasks = [_task(store, encoder, asked, console) for encoder in encoders]
+            names = [task.stored.name for task in tasks] or names
             behind = 0.0 if rest is None else rest(int((store.status != "deleted").sum()))
             _compute(store, tasks, asked, console, behind)
         except KeyboardInterrupt:
@@ -115,36 +123,25 @@ def fill(asked: Asked, console: ConsoleLogger, rest: Callable[[int], float] | No
             done = [f"{store.computed(name).sum():,} of {len(store):,} images by {name}" for name in store.backbones]
             there = "; ".join(done) or "no features yet"
             console.message(f"Stopped. In {store.path}: {there}. The same command goes on from there.", "warning")
-            return Filled(path, [task.stored.name for task in tasks], True)
+            return Filled(store, names, True)
         _conclude(store, tasks, console, hint=rest is None)
         if not store.valid.any():
             raise UserError(f"{store.root}: none of the images can be read")
-    return Filled(path, names or [task.stored.name for task in tasks], False)
+    return Filled(store, names, False)
 
 
-def known_backbones(path: Path, asked: Asked) -> list[str]:
-    """Names in the store of all backbones asked for, where it has them all; else none of them.
-
-    Only what cannot have other weights by now is known by its name: timm models without a local file, an unchanged
-    FILE.py, and the backbone that was trained in the store itself for want of the default one.
-    """
-    if asked.weights or not (path / MANIFEST).is_file():
+def _known(store: FeatureStore, asked: Asked) -> list[str]:
+    """Names in the store of all backbones asked for, if it has them all and no network is needed to say so."""
+    if asked.weights:
         return []
-    there = FeatureStore.open(path).backbones.values()
-    found = []
-    for name in asked.backbones or [DEFAULT_BACKBONE]:
-        wanted: list[dict[str, Any]] = [{"name": name, "weights": None, "size": asked.size}]
-        place, colon, function = name.rpartition(":")
-        if place.endswith(".py") and Path(place).is_file():
-            wanted[0]["name"] = f"{os.path.abspath(place)}{colon}{function}"
-            wanted[0]["code"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
-        elif colon or "/" in name:
-            return []
-        if not asked.backbones:
-            wanted.append({"name": os.path.abspath(path / "simclr"), "weights": None, "size": asked.size})
-        fit = [each.name for each in there if each.dtype == asked.dtype and each.identity.get("made_by") in wanted]
-        found += fit[:1]
-    return found if len(found) == len(asked.backbones or [DEFAULT_BACKBONE]) else []
+    found = [store.known_as(name, asked.size, asked.dtype) for name in asked.backbones or [DEFAULT_BACKBONE]]
+    if not asked.backbones:
+        found = [found[0] or store.trained_here(asked.dtype)]
+    return [] if None in found else [name for name in found if name]
+
+
+def _complete(store: FeatureStore, name: str) -> bool:
+    return bool(store.computed(name).all()) and not store.damaged(name)
 
 
 def default_store(root: Path) -> Path:
@@ -265,6 +262,8 @@ def _compute(
         finally:
             batches.close()  # pyright: ignore[reportAttributeAccessIssue]
     progress.finish()
+    if tasks:
+        store.refresh()
 
 
 def _jobs(store: StoreWriter, group: Sequence[Task], batch_size: int) -> list[Job]:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +49,12 @@ class Listing:
     num_ignored: int = 0
 
 
+DIGITS = re.compile(r"([0-9]+)")
+
+
 def natural(text: str) -> tuple[Any, ...]:
     """Sort key: `img2` before `img10`, upper and lower case together, the same on every machine and in every locale."""
-    pieces = re.split(r"([0-9]+)", text.casefold())
+    pieces = DIGITS.split(text.casefold())
     return (*((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece), (-1, 0, text))
 
 
@@ -59,16 +63,24 @@ def _order(path: str) -> str:
 
     Only control characters in names, on which nothing depends, may come in another order.
     """
+    below, slash, name = path.rpartition("/")
+    return _name_order(name) if not slash else _folder_order(below) + _name_order(name)
+
+
+@lru_cache(maxsize=4096)
+def _folder_order(path: str) -> str:
+    return "".join(map(_name_order, path.split("/")))
+
+
+def _name_order(name: str) -> str:
     parts = []
-    for name in path.split("/"):
-        for piece in re.split(r"([0-9]+)", name.casefold()):
-            if piece.isdecimal():
-                number = str(int(piece))
-                parts.append(f"\x02{chr(len(number))}{number}")
-            elif piece:
-                parts.append(f"\x03{piece}")
-        parts.append(f"\x01{name}\x00")
-    return "".join(parts)
+    for piece in DIGITS.split(name.casefold()):
+        if piece.isdecimal():
+            number = str(int(piece))
+            parts.append(f"\x02{chr(len(number))}{number}")
+        elif piece:
+            parts.append(f"\x03{piece}")
+    return "".join([*parts, f"\x01{name}\x00"])
 
 
 def check_folder(root: str, key: str = "data.root=") -> Path:

@@ -119,6 +119,28 @@ class FeatureStore:
             what = "has no features yet"
         raise UserError(f"{self.path} {what}; there are: {names}")
 
+    def known_as(self, name: str, size: int | None, dtype: str) -> str | None:
+        """What the store calls the backbone that was asked for as `name`, if that cannot be another one by now.
+
+        So it is with a timm model and its own weights, and with FILE.py:FUNCTION where the file is unchanged.
+        """
+        place, colon, function = name.rpartition(":")
+        wanted: dict[str, Any] = {"name": name, "weights": None, "size": size}
+        if place.endswith(".py") and Path(place).is_file():
+            wanted["name"] = f"{os.path.abspath(place)}{colon}{function}"
+            wanted["code"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
+        elif colon or "/" in name:
+            return None
+        return self._made_by(wanted, dtype)
+
+    def trained_here(self, dtype: str) -> str | None:
+        """What the store calls the backbone that was trained on its own images, for want of weights."""
+        return self._made_by({"name": os.path.abspath(self.path / "simclr"), "weights": None, "size": None}, dtype)
+
+    def _made_by(self, wanted: dict[str, Any], dtype: str) -> str | None:
+        made = ((each, each.identity.get("made_by")) for each in self.backbones.values() if each.dtype == dtype)
+        return next((each.name for each, known in made if known == wanted), None)
+
     def features(self, name: str | None = None) -> np.ndarray:
         """(N, D) memory map, read-only, float16 or float32. Rows that `computed` leaves out hold 0 or old values."""
         found = self.backbone(name)

@@ -44,6 +44,7 @@ SCHEMA = (
     "PRIMARY KEY (backbone, block))",
 )
 OPTION = "--store DIR"
+AT_ONCE = 500
 
 
 class FileState(NamedTuple):
@@ -138,7 +139,7 @@ class StoreWriter(FeatureStore):
         without, or where none was kept, size and time of modification. Unreadable ones are tried again when touched,
         or when what they lacked was installed.
         """
-        states = in_threads(lambda place: file_state(listing.root / listing.paths[place]), len(listing.paths))
+        states = _states(listing)
         known = {path: row for row, path in enumerate(self.paths)}
         found = {known[path]: state for path, state in zip(listing.paths, states) if path in known}
         fresh = [(path, state) for path, state in zip(listing.paths, states) if path not in known]
@@ -162,8 +163,13 @@ class StoreWriter(FeatureStore):
             hashed = [(digest, row) for row, digest in zip(touched, digests) if digest is not None]
             db.executemany("UPDATE images SET sha256 = ? WHERE row = ?", hashed)
             self._add(db, fresh, anew)
-        self._read_images()
+        if fresh or anew or touched or deleted:
+            self.refresh()
         return Changes(len(fresh), len(changed), len(deleted), len(returned))
+
+    def refresh(self) -> None:
+        """Reads the manifest again: what was written of sizes and hashes since."""
+        self._read_images()
 
     def _touched(self, row: int, state: FileState, hashing: bool) -> bool:
         if hashing and self.hashes[row] is None and self.status[row] == "ok":
@@ -286,6 +292,16 @@ class StoreWriter(FeatureStore):
         with self._db as db:
             db.execute("UPDATE facts SET value = ? WHERE name = 'root'", (os.fsencode(root),))
         self.root = root
+
+
+def _states(listing: Listing) -> list[FileState]:
+    """Of all files; some hundred at a time in threads, for file systems that are slow to answer."""
+    root, paths = str(listing.root), listing.paths
+
+    def part(number: int) -> list[FileState]:
+        return [file_state(f"{root}/{path}") for path in paths[number * AT_ONCE : (number + 1) * AT_ONCE]]
+
+    return [state for states in in_threads(part, -(-len(paths) // AT_ONCE)) for state in states]
 
 
 def file_state(path: str | Path) -> FileState:

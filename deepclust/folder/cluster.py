@@ -106,7 +106,7 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
     lock = take_lock(out, "--out ")
     try:
         with watch("features"):
-            filled = fill(wanted.features, console, lambda count: seconds_for(count, wanted.num_clusters))
+            filled = fill(wanted.features, console, lambda count: seconds_for(count, wanted.num_clusters), listing)
         if filled.stopped:
             return STOPPED
         return _cluster(wanted, filled.store, filled.backbones[0], out, before, watch, console)
@@ -164,7 +164,7 @@ def _plan(wanted: Wanted, root: Path, count: int, out: Path, before: FolderRun |
 
 def _cluster(
     wanted: Wanted,
-    store_path: Path,
+    store: FeatureStore,
     backbone: str,
     out: Path,
     before: FolderRun | None,
@@ -172,7 +172,6 @@ def _cluster(
     console: ConsoleLogger,
 ) -> int:
     """What comes after the features."""
-    store = FeatureStore.open(store_path)
     derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None)
     if before is not None and before.facts["store"] != str(store.path.resolve()):
         raise UserError(f"--out {out} holds clusters of {before.facts['root']}; choose another folder, or --new")

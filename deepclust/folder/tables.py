@@ -32,10 +32,12 @@ def clusters_table(run: FolderRun, state: State, derived: Derived) -> pa.Table:
     kept = state.kept
     cluster = state.cluster[kept]
     names = np.array([state.names.get(each) for each in cluster.tolist()], dtype=object)
-    originals = [None if row < 0 else _path(run, row) for row in duplicate_of(state).tolist()]
+    rows, root = state.rows[kept].tolist(), str(run.root)
+    paths = {row: printable(os.path.join(root, run.store.paths[row])) for row in rows}
+    originals = [None if row < 0 else paths[row] for row in duplicate_of(state).tolist()]
     return pa.table(
         {
-            "path": pa.array([_path(run, row) for row in state.rows[kept].tolist()], pa.string()),
+            "path": pa.array([paths[row] for row in rows], pa.string()),
             "cluster": pa.array(cluster, pa.int64()),
             "confidence": pa.array(state.confidence[kept], pa.float32()),
             "x": pa.array(np.ascontiguousarray(state.position[kept, 0]), pa.float32()),
