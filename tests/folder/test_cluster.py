@@ -45,10 +45,11 @@ def colours(run: str) -> dict[str, set[str]]:
 
 
 def test_one_command_leaves_everything(words: list[str], capsys: pytest.CaptureFixture[str]):
-    assert main([*words, "-k", "3", "--sort", "symlink"]) == 0
+    assert main([*words[:-2], "-k", "3", "--sort", "symlink"]) == 0
     said = capsys.readouterr().out
     run = "outputs/clusters-photos-k3"
-    assert "3 clusters, by spectral, spherical_kmeans, ward" in said and "red/broken.png: not an image" in said
+    assert "3 clusters, by diffusion, prototypes, spectral, spherical_kmeans" in said
+    assert "red/broken.png: not an image" in said
     assert {each: len(clusters) for each, clusters in colours(run).items()} == {"blue": 1, "green": 1, "red": 1}
     assert sum(len(each) for each in colours(run).values()) == len(set.union(*colours(run).values()))
     lines = table(run)
@@ -63,6 +64,15 @@ def test_one_command_leaves_everything(words: list[str], capsys: pytest.CaptureF
     state = opened.state()
     predicted = Clusterer.load(run).predict(opened.features(state.rows))
     assert np.array_equal(predicted, state.cluster)
+
+
+def test_the_number_of_clusters_is_found_and_its_curves_are_in_the_report(words: list[str], capsys):
+    assert main(words) == 0
+    run = FolderRun.open("outputs/clusters-photos-kauto")
+    number = run.facts["number"]
+    assert number["k"] == 3 and len(run.state().ids) == 3 and number["statement"] in capsys.readouterr().out
+    page = (run.path / "report.html").read_text()
+    assert "Number of clusters" in page and all(name in number["curves"] for name in number["votes"])
 
 
 def test_another_k_reuses_features_and_what_was_made_of_them(words: list[str], monkeypatch: pytest.MonkeyPatch):
