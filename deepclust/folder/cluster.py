@@ -37,6 +37,7 @@ HEADS = {
 }
 """Criteria that are shown, in %."""
 SHOWN = 20
+SHORT = 3.0
 CHUNK = 8192
 
 
@@ -195,6 +196,9 @@ def _cluster(
         run.history.push("append", state)
         return _conclude(run, state, watch, console)
     _check_number(wanted, derived)
+    if watch.seconds["features"] < SHORT:  # too short for an estimate of its own
+        left = seconds_for(len(derived), wanted.num_clusters, derived=derived.there)
+        console.message(f"about {clock_time(left)} (h:mm:ss) from here to the report")
     found = _find(wanted, derived, watch, console)
     with watch("confidence"):
         landmarks, state = _carry(derived, found, wanted, store)

@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,23 +99,36 @@ class Derived:
         """
         return self._kept("outliers", self._outliers, "outliers")["outlying"]
 
+    @property
+    def there(self) -> bool:
+        """Whether the parts that every run needs are on disk already."""
+        return all(self._read(name) is not None for name in ("map", "neighbors", "nearest"))
+
     def _kept(self, name: str, make: Callable[[], Arrays], words: str) -> Arrays:
         """A part from disk, or made now and kept."""
-        path = self.store.path / "derived" / f"{name}-{self.backbone}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as content:
-                if str(content["key"]) == self.key:
-                    return {part: content[part] for part in content.files if part != "key"}
-        except (OSError, KeyError, ValueError):
-            pass
+        found = self._read(name)
+        if found is not None:
+            return found
         self.told(words)
-        made = make()
+        made, path = make(), self._path(name)
         path.parent.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         columns: dict[str, Any] = {"key": np.array(self.key), **made}
         np.savez(buffer, **columns)
         write_atomic(path, buffer.getvalue())
         return made
+
+    def _path(self, name: str) -> Path:
+        return self.store.path / "derived" / f"{name}-{self.backbone}.npz"
+
+    def _read(self, name: str) -> Arrays | None:
+        try:
+            with np.load(self._path(name), allow_pickle=False) as content:
+                if str(content["key"]) == self.key:
+                    return {part: content[part] for part in content.files if part != "key"}
+        except (OSError, KeyError, ValueError):
+            pass
+        return None
 
     def _project(self) -> Arrays:
         features = self.store.features(self.backbone)
