@@ -32,6 +32,8 @@ def test_diffusion_is_preferred_unless_neighbours_tell_plainly_otherwise() -> No
     assert choose(criteria(x, {"ward": y, "diffusion": slightly})) == "diffusion"
     assert choose(criteria(X, {"ward": Y, "diffusion": RANDOM})) == "ward"
     assert choose(criteria(X, {"ward": NEARLY, "kmeans": Y})) == "kmeans"
+    merged = criteria(X, {"hdbscan": np.where(Y == 3, 1, 0), "ward": NEARLY, "diffusion": NEARLY})
+    assert choose(merged, "neighbor_agreement") == "hdbscan" and choose(merged) == "diffusion"
 
 
 @pytest.mark.parametrize("dim", [6, 200])
