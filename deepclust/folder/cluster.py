@@ -188,13 +188,13 @@ def _cluster(
         state = run.state()
         console.message("nothing changed since; the files are written anew")
         watch.seconds = {**before.facts.get("seconds", {}), **watch.seconds}
-        return _conclude(run, state, watch, console)
+        return _conclude(run, state, derived, watch, console)
     if wanted.append and before is not None:
         run = FolderRun(out, {**before.facts, "scan": store.scan, "digest": derived.key})
         with watch("append"):
             state = append(before, derived)
         run.history.push("append", state)
-        return _conclude(run, state, watch, console)
+        return _conclude(run, state, derived, watch, console)
     _check_number(wanted, derived)
     if watch.seconds["features"] < SHORT:  # too short for an estimate of its own
         left = seconds_for(len(derived), wanted.num_clusters, derived=derived.there)
@@ -211,7 +211,7 @@ def _cluster(
     landmarks.save(out)
     run.history.clear()
     run.history.push("cluster", state)
-    return _conclude(run, state, watch, console)
+    return _conclude(run, state, derived, watch, console)
 
 
 def _check_number(wanted: Wanted, derived: Derived) -> None:
@@ -287,10 +287,11 @@ def _carry(derived: Derived, found: Found, wanted: Wanted, store: FeatureStore) 
     return landmarks, State(derived.rows, cluster, confidence, derived.map, copies, nobody, {}, num_clusters)
 
 
-def _conclude(run: FolderRun, state: State, watch: Stopwatch, console: ConsoleLogger) -> int:
+def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> int:
     """Writes the files and says what there is."""
     from deepclust.folder.outputs import write_all
 
+    run.store, run.derived = derived.store, derived
     run.facts["seconds"] = watch.seconds
     run.save()
     with watch("files"):

@@ -40,10 +40,9 @@ def write_all(run: FolderRun, state: State) -> None:
 
 def write_tables(run: FolderRun, state: State) -> None:
     """clusters.csv, clusters.parquet, left_out.csv: see `tables.py`."""
-    from deepclust.folder.derived import Derived
     from deepclust.folder.tables import as_csv, as_parquet, clusters_table, left_out_table
 
-    table = clusters_table(run, state, Derived(run.store, run.facts["backbone"]))
+    table = clusters_table(run, state, run.derived)
     write_atomic(run.path / "clusters.csv", as_csv(table))
     write_atomic(run.path / "clusters.parquet", as_parquet(table))
     write_atomic(run.path / "left_out.csv", as_csv(left_out_table(run, state)))

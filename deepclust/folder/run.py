@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
 from deepclust.folder.state import History, State
 from deepclust.run_folder import write_atomic
+
+if TYPE_CHECKING:
+    from deepclust.folder.derived import Derived
 
 FORMAT = 1
 FACTS = "run.json"
@@ -67,6 +70,22 @@ class FolderRun:
     def store(self) -> FeatureStore:
         """The features that the clusters were made from. Raises UserError where they are gone."""
         return FeatureStore.open(self.facts["store"])
+
+    @cached_property
+    def derived(self) -> Derived:
+        """What is made of them once: neighbours, near-duplicates, directions."""
+        from deepclust.folder.derived import Derived
+
+        return Derived(self.store, self.facts["backbone"])
+
+    def directions(self, rows: np.ndarray) -> np.ndarray:
+        """(n, P) float32 rows of length one of some of the store's images, in the leading directions of the features.
+
+        What is not in the store any more has zeros.
+        """
+        known, x = self.derived.rows, self.derived.x.numpy()
+        at = np.searchsorted(known, rows).clip(0, max(len(known) - 1, 0))
+        return np.where((known[at] == rows)[:, None], x[at], np.float32(0))
 
     @property
     def root(self) -> Path:

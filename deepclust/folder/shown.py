@@ -23,26 +23,27 @@ class Closeness(NamedTuple):
 
 
 def closeness(run: FolderRun, state: State) -> Closeness:
-    """Two passes over the features of the images that were kept; excluded ones hold 0 and -1.
+    """Two passes over the images that were kept; excluded ones hold 0 and -1.
 
-    A centre is the mean of its members' features, each of length one; near-duplicates count once.
+    A centre is the mean of its members' features in the leading directions, each of length one; near-duplicates count
+    once.
     """
     ids, kept = np.array(state.ids, dtype=np.int64), state.kept
     own, second = np.zeros(len(state.rows), dtype=np.float32), np.full(len(state.rows), NOISE)
     if not len(ids):
         return Closeness(own, second)
     place = np.searchsorted(ids, state.cluster)
-    sums = np.zeros((len(ids), run.store.backbone(run.facts["backbone"]).dim), dtype=np.float32)
+    sums = np.zeros((len(ids), run.derived.x.shape[1]), dtype=np.float32)
     counted = kept[(state.cluster[kept] >= 0) & (state.copy_of[kept] < 0)]
     for start in range(0, len(counted), CHUNK):
         part = counted[start : start + CHUNK]
         member = np.zeros((len(ids), len(part)), dtype=np.float32)
         member[place[part], np.arange(len(part))] = 1
-        sums += member @ run.features(state.rows[part])
+        sums += member @ run.directions(state.rows[part])
     centers = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
     for start in range(0, len(kept), CHUNK):
         part = kept[start : start + CHUNK]
-        values = run.features(state.rows[part]) @ centers.T
+        values = run.directions(state.rows[part]) @ centers.T
         clustered = np.flatnonzero(state.cluster[part] >= 0)
         own[part] = values.max(1)
         own[part[clustered]] = values[clustered, place[part[clustered]]]
