@@ -158,7 +158,7 @@ def _spectral(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     """Spectral clustering (Ng, Jordan and Weiss 2002), edges of 20 neighbours weighted by what they share.
 
     scikit-learn's takes eigenvectors by row without making their lengths one, and equal weights. On clothing photos,
-    digits and their subsets it is behind this in accuracy, by 0.5 to 6 points.
+    digits and their subsets it is behind this in accuracy, by 0 to 6 points.
     """
     found = spectral_clusters(torch.from_numpy(x), num_clusters, extra_components=0, shared=True, seed=seed)
     return found.numpy(), None
