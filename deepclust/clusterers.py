@@ -84,11 +84,11 @@ def calm() -> Iterator[None]:
 
     Figures show what they say.
     """
-    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(min(2, torch.get_num_threads())), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters; a mixture still moving
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        warnings.filterwarnings("ignore", message=".*did not converge")  # a mixture still moving
         warnings.filterwarnings("ignore", message="Graph is not fully connected")  # clusters may well be islands
         warnings.filterwarnings("ignore", message="n_jobs value")  # UMAP with a seed runs on one thread
         yield

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from deepclust.clusterers import neighbors_of
 from deepclust.eval.label_free import as_array, neighbor_agreement, sample_rows, silhouette
 from deepclust.eval.metrics import as_labels, entropy
+from deepclust.ops.agreement import normalized_mutual_information
 
 SINGLE = ("neighbor_agreement", "silhouette", "consensus", "self_prediction")
 CRITERIA = (*SINGLE, "mean_rank", "preference")
@@ -73,13 +75,11 @@ def choose(scores: Mapping[str, Mapping[str, float]], by: str = DEFAULT) -> str:
 
 def consensus(labels: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Mean normalised mutual information of each clustering with the others; 0 where there are none."""
-    from sklearn.metrics import normalized_mutual_info_score
-
-    names = list(labels)
+    names, tensors = list(labels), {name: torch.from_numpy(each) for name, each in labels.items()}
     table = np.zeros((len(names), len(names)))
     for row, first in enumerate(names):
         for column in range(row):
-            found = normalized_mutual_info_score(labels[first], labels[names[column]])
+            found = float(normalized_mutual_information(tensors[first], tensors[names[column]]))
             table[row, column] = table[column, row] = found
     return dict(zip(names, (table.sum(1) / max(1, len(names) - 1)).tolist()))
 
@@ -135,9 +135,9 @@ def _left_out(rows: np.ndarray) -> Callable[[np.ndarray], float]:
 
 
 def _mean_ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    from scipy.stats import rankdata
-
     names = list(scores)
-    columns = [[scores[name][criterion] for name in names] for criterion in SINGLE]
-    places = np.mean([rankdata(column) - 1 for column in columns], axis=0) / max(1, len(names) - 1)
+    columns = np.array([[scores[name][criterion] for name in names] for criterion in SINGLE])
+    below = (columns[:, None, :] < columns[:, :, None]).sum(2)
+    equal = (columns[:, None, :] == columns[:, :, None]).sum(2) - 1
+    places = (below + equal / 2).mean(0) / max(1, len(names) - 1)
     return dict(zip(names, places.tolist()))

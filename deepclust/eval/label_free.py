@@ -57,14 +57,23 @@ def silhouette(features: Any, labels: Any, *, max_samples: int = 2000, seed: int
 
     features: (N, D), labels: (N,). None where the sample has one cluster, or a cluster for each row.
     """
-    from sklearn.metrics import silhouette_score
-
     labels = as_labels(labels, "labels")
     rows = sample_rows(len(labels), max_samples, seed)
-    labels = labels[rows]
-    if not 1 < len(np.unique(labels)) < len(labels):
+    names, own = np.unique(labels[rows], return_inverse=True)
+    if not 1 < len(names) < len(rows):
         return None
-    return float(silhouette_score(as_array(features[rows]).astype(np.float64), labels, metric="cosine"))
+    x = as_array(features[rows]).astype(np.float64)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    ones = np.eye(len(names))[own]
+    sizes, each = ones.sum(0), np.arange(len(rows))
+    distances = sizes - x @ (x.T @ ones)  # sums over clusters: cosines with a sum are sums of cosines
+    inner = distances[each, own] - (1 - (x * x).sum(1))
+    inner /= np.maximum(sizes[own] - 1, 1)
+    distances /= sizes
+    distances[each, own] = np.inf
+    outer = distances.min(1)
+    values = (outer - inner) / np.maximum(np.maximum(inner, outer), np.finfo(np.float64).tiny)
+    return float(np.where(sizes[own] > 1, values, 0).mean())
 
 
 def sample_rows(num_samples: int, max_samples: int, seed: int) -> np.ndarray:

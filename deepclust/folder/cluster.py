@@ -28,7 +28,7 @@ from deepclust.heads.votes import vote
 from deepclust.loggers.console import ConsoleLogger
 from deepclust.run_folder import release_lock, take_lock
 
-CANDIDATES = ("diffusion", "prototypes", "spectral", "spherical_kmeans")
+CANDIDATES = ("diffusion", "spectral", "spherical_kmeans")
 HEADS = {
     "neighbor_agreement": "agreement",
     "silhouette": "silhouette",

@@ -22,7 +22,7 @@ from deepclust.ops import knn
 from deepclust.run_folder import write_atomic
 
 FILE = "landmarks.npz"
-MAX_ASKED = 2500
+MAX_ASKED = 1500
 FEW = 10
 """Anchors of a cluster that holds no landmark."""
 
@@ -60,7 +60,7 @@ def trust_in(x: Tensor, labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
     x: (m, P) unit rows. labels: (m,) clusters. Half of it is the share of independent clusterings
     (`eval.second_opinion`) that agree on the image and its neighbours, half the mean of that over all images: opinions
-    that share errors agree on them, so what they say of a single image is believed by half. At most 2,500 landmarks are
+    that share errors agree on them, so what they say of a single image is believed by half. At most 1,500 landmarks are
     asked about, the others go by their nearest.
     """
     num_clusters = len(np.unique(labels))

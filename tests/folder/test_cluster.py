@@ -48,7 +48,7 @@ def test_one_command_leaves_everything(words: list[str], capsys: pytest.CaptureF
     assert main([*words[:-2], "-k", "3", "--sort", "symlink"]) == 0
     said = capsys.readouterr().out
     run = "outputs/clusters-photos-k3"
-    assert "3 clusters, by diffusion, prototypes, spectral, spherical_kmeans" in said
+    assert "3 clusters, by diffusion, spectral, spherical_kmeans" in said
     assert "red/broken.png: not an image" in said
     assert {each: len(clusters) for each, clusters in colours(run).items()} == {"blue": 1, "green": 1, "red": 1}
     assert sum(len(each) for each in colours(run).values()) == len(set.union(*colours(run).values()))
