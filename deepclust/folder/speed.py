@@ -21,13 +21,13 @@ def seconds_for(num_images: int, num_clusters: int | None, *, derived: bool = Fa
     faster this machine is.
     """
     landmarks = min(num_images, NUM_LANDMARKS)
-    seconds = 1.5 + 1.2e-3 * landmarks  # clusterers
-    seconds += 0.5 + 2e-4 * landmarks  # confidences
-    seconds += 1.0 + 1e-3 * min(num_images, 1700) + 3e-5 * num_images  # files
+    seconds = 0.8 + 5.5e-4 * landmarks  # clusterers
+    seconds += 0.3 + 1e-4 * landmarks  # confidences
+    seconds += 0.8 + 6e-4 * min(num_images, 1700) + 1e-5 * num_images  # files
     if num_clusters is None:
-        seconds += 0.5 + 1.5e-3 * landmarks
+        seconds += 1.2 + 1.2e-3 * landmarks
     if not derived:
-        seconds += 1.0 + 1.8e-3 * landmarks + 4e-9 * num_images**2
+        seconds += 1.2 + 1.6e-3 * landmarks + 3.2e-9 * num_images**2
     return seconds * slowness()
 
 
