@@ -330,7 +330,7 @@ def _feed(store: StoreWriter, group: Sequence[Task], batch: Batch, found: dict[s
 class Progress:
     """The bar, and how long it takes once a few batches are through.
 
-    clock: seconds. stage: what the bar says. rest: seconds of what comes behind.
+    clock: seconds. stage: what the bar says. rest: seconds of what was before and comes behind.
     """
 
     def __init__(
@@ -342,6 +342,7 @@ class Progress:
         rest: float = 0.0,
     ) -> None:
         self.console, self.total, self.clock, self.stage, self.rest = console, total, clock, stage, rest
+        self.started = clock()
         self.done = self.batches = 0
         self.began: tuple[float, int] | None = None
         self.estimated = False
@@ -361,7 +362,7 @@ class Progress:
             left = (self.total - self.done) / rate
             text = f"about {clock_time(left)} (h:mm:ss) for {self.total - self.done:,} images, {rate:,.0f} a second"
             if self.rest:
-                text += f"; with what comes then about {clock_time(left + self.rest)} in all"
+                text += f"; with all else about {clock_time(now - self.started + left + self.rest)} in all"
             self.console.message(text)
         where = {"stage_step": self.done, "stage_steps": self.total, "images_per_second": rate}
         self.console.log(where, self.done, self.stage)

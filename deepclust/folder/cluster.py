@@ -93,7 +93,7 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
 
     Raises UserError: nothing to read, more clusters than images, a run of other images or one that was edited.
     """
-    console, watch = console or ConsoleLogger(), Stopwatch()
+    console, watch, began = console or ConsoleLogger(), Stopwatch(), time.monotonic()
     listing = list_folder(str(wanted.features.folder), key="")
     if wanted.num_clusters is not None and not 2 <= wanted.num_clusters < len(listing.paths):
         raise UserError(
@@ -105,9 +105,13 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
     console.message(_plan(wanted, listing.root, len(listing.paths), out, before))
     out.mkdir(parents=True, exist_ok=True)
     lock = take_lock(out, "--out ")
+
+    def rest(count: int) -> float:
+        return time.monotonic() - began + seconds_for(count, wanted.num_clusters)
+
     try:
         with watch("features"):
-            filled = fill(wanted.features, console, lambda count: seconds_for(count, wanted.num_clusters), listing)
+            filled = fill(wanted.features, console, rest, listing)
         if filled.stopped:
             return STOPPED
         return _cluster(wanted, filled.store, filled.backbones[0], out, before, watch, console)
