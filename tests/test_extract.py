@@ -197,9 +197,13 @@ def test_the_time_is_estimated_from_the_first_batches() -> None:
 
         def log(self, *given: object) -> None: ...
 
-    times = iter([5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    times = iter([4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0] * 2)
     clock: Callable[[], float] = lambda: next(times)  # noqa: E731
     progress = Progress(Console(), 40_000, clock)  # pyright: ignore[reportArgumentType]
     for _ in range(6):
         progress.step(10)
     assert Console.said == ["about 1:06:36 (h:mm:ss) for 39,960 images, 10 a second"]
+    progress = Progress(Console(), 40_000, clock, rest=60.0)  # pyright: ignore[reportArgumentType]
+    for _ in range(6):
+        progress.step(10)
+    assert Console.said[1] == f"{Console.said[0]}; with all else about 1:07:40 in all"
