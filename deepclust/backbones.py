@@ -218,7 +218,10 @@ def timm_backbone(
 
     if name not in timm.list_models() and name.split(".")[0] not in timm.list_models():
         near = difflib.get_close_matches(name, timm.list_models(), 3)
-        raise UserError(f"backbone.name={name}: timm has no such model; nearest: {', '.join(near) or 'none'}")
+        raise UserError(
+            f"backbone.name={name}: timm has no such model; nearest: {', '.join(near) or 'none'}; "
+            "timm.list_models() names them all"
+        )
     overlay: dict[str, Any] | None = {"file": weights} if weights else None
     note = ""
     try:

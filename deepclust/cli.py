@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import textwrap
 import traceback
@@ -20,17 +21,19 @@ from deepclust.errors import UserError
 from deepclust.signatures import near
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+TRACEBACK = "DEEPCLUST_TRACEBACK"
 LISTED = ("recipe", "head", "data", "backbone", "augment", "optim", "experiment")
 
 HELP = """\
 deepclust: unlabelled images in; clusters, confidences, a model and a report out.
 
+  deepclust cluster PHOTOS             clusters, a table and a report of a folder of images
   python train.py [key=value ...]      the same as   deepclust train [key=value ...]
 
-Five to begin with
+Five to train with
   python train.py                                       handwritten digits, no labels, under two minutes
   python train.py data=image_folder data.root=PHOTOS num_clusters=20
-                                                        your own images, flat or in folders
+                                                        a network trained on your own images
   python train.py seed=1 stages.scan.head.entropy_weight=3
                                                         another seed, another weight
   python train.py head=simclr trainer.epochs=100        one stage with one head
@@ -48,14 +51,23 @@ Options of train
   -m, --multirun        key=a,b is a run for a and a run for b
   -h, --help            this page
 
-Other commands
-{commands}"""
+Commands (each explains itself with --help)
+{commands}
+
+Exit codes: 0 finished; 143 stopped, and the same command goes on; 130 stopped before there was anything to keep;
+2 a wrong option, folder or file, named on the screen; 1 a fault of the program (DEEPCLUST_TRACEBACK=1 shows where)."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong as a UserError, with the nearest option."""
+    """Takes options by their whole names; says what is wrong as a UserError, with the nearest option or choice."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if choice and (meant := near(choice[1], re.split(r"[', ]+", choice[2]))):
+            raise UserError(f"{message}; did you mean {meant}?")
         words = [word for word in message.split() if word.startswith("-")]
         known = [name for action in self._actions for name in action.option_strings]
         word = words[0].partition("=")[0].rstrip(":") if words else ""
@@ -82,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except Exception as error:
+        shown = bool(os.environ.get(TRACEBACK))
+        advice = f"{TRACEBACK}=1 before the command shows the traceback"
+        return _say(traceback.format_exc() if shown else f"{_in_short(error)}\n{advice}", FAILED)
 
 
 def _say(text: str, code: int) -> int:
@@ -97,6 +113,8 @@ def _command(name: str) -> Callable[[list[str]], int]:
     if "=" in name:
         raise UserError(f"{name}: a command comes first; did you mean deepclust train {name}?")
     found = near(name, COMMANDS)
+    if os.path.isdir(name):
+        found = f"deepclust cluster {shlex.quote(name)}"
     advice = f"did you mean {found}?" if found else f"commands are {', '.join(COMMANDS)}"
     raise UserError(f"{name}: there is no such command; {advice}")
 
@@ -110,7 +128,7 @@ def help_text() -> str:
         for place, (name, description) in enumerate(options(group)):
             first = f"  {f'{group}=' if place == 0 else '':<12}{name:<19} "
             lines += textwrap.wrap(first + description, 118, subsequent_indent=" " * len(first), drop_whitespace=False)
-    commands = "\n".join(f"  deepclust {usage:<38} {text}" for _, usage, text in COMMANDS.values())
+    commands = "\n".join(f"  deepclust {usage:<46} {text}" for _, usage, text in COMMANDS.values())
     return HELP.format(choices="\n".join(map(str.rstrip, lines)), commands=commands)
 
 
@@ -122,7 +140,7 @@ def train(words: list[str]) -> int:
     from deepclust.compose import sweeps
     from deepclust.config import load
 
-    parser = _Parser("train.py", add_help=False, allow_abbrev=False)
+    parser = _Parser("train.py", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
@@ -200,10 +218,14 @@ def _failed(config: Any, error: Exception) -> int:
             pass
     if config.run.traceback:
         return _say(text, FAILED)
+    where = f"{log} has the traceback; " if kept else ""
+    return _say(f"{_in_short(error)}\n{where}run.traceback=true shows it", FAILED)
+
+
+def _in_short(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split()) or "no message"
-    where = f"{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
-    return _say(f"failed: {where}\n{f'{log} has the traceback; ' if kept else ''}run.traceback=true shows it", FAILED)
+    return f"failed: {type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
 
 
 # --- other commands -------------------------------------------------------------------------------------------------
@@ -352,11 +374,11 @@ def doctor(words: list[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
-    "train": (train, "train [key=value ...]", "train, cluster, evaluate, report"),
-    "predict": (predict, "predict RUN PATH [-o clusters.csv]", "clusters of new images, any number of them"),
     "cluster": (cluster, "cluster IMAGES [-k N]", "clusters, a table and a report of a folder of images"),
+    "edit": (edit, "edit RUN [merge|split|rename|exclude|undo ...]", "changes clusters; any edit can be undone"),
+    "predict": (predict, "predict RUN PATH [-o clusters.csv]", "clusters of new images, any number of them"),
+    "train": (train, "train [key=value ...]", "train, cluster, evaluate, report"),
     "features": (features, "features IMAGES [--backbone NAME ...]", "a folder's features, once, in a store"),
-    "edit": (edit, "edit RUN merge|split|rename|exclude|undo ...", "changes clusters; any edit can be undone"),
     "list": (list_options, "list head|data|backbone|recipe|...", "what a group offers"),
     "checkpoint": (checkpoint, "checkpoint verify|digest PATH", "whether it is whole; SHA-256 of its parts"),
     "doctor": (doctor, "doctor [--gpu]", "versions, device, precision, disk; kernels on the GPU"),

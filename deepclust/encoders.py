@@ -90,6 +90,8 @@ def find_encoder(name: str, weights: str | None = None, size: int | None = None)
     """
     path = Path(name)
     is_ours = path.suffix == ".safetensors" or (path / "model.safetensors").is_file() or ("/" in name and path.is_dir())
+    if name.endswith(".py"):
+        raise UserError(f"--backbone {name}: give the function too, as in --backbone {name}:FUNCTION")
     if not is_ours and ":" not in name:
         encoder = timm_encoder(name, weights, size)
     elif weights is not None:
@@ -165,7 +167,10 @@ def saw_labels(tag: str) -> bool | None:
 
 def module_encoder(name: str, size: int | None) -> Encoder:
     """A module that a function of the user's gives; `preprocess` and `trained_with_labels` are read off it if there."""
-    net = load_function(name, "--backbone")()
+    try:
+        net = load_function(name, "--backbone")()
+    except ModuleNotFoundError as error:
+        raise UserError(_uninstalled(name, "--backbone", error)) from error
     if not isinstance(net, nn.Module):
         raise UserError(f"--backbone {name}: the function gives {type(net).__name__}; expected a torch module")
     preprocess = getattr(net, "preprocess", None) or Preprocess(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -228,5 +233,12 @@ def load_function(name: str, option: str) -> Callable[[], Any]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, attribute)
+    except ModuleNotFoundError as error:
+        raise UserError(_uninstalled(name, option, error)) from error
     except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{option} {name}: {error}; expected FILE.py:FUNCTION or MODULE:FUNCTION") from error
+
+
+def _uninstalled(name: str, option: str, error: ModuleNotFoundError) -> str:
+    place = name.rpartition(":")[0]
+    return f"{option} {name}: {error}. Install the package that holds it (pip install ...); {place} may say which"

@@ -186,7 +186,8 @@ def _trained(store: StoreWriter, root: Path, missing: str, console: ConsoleLogge
         return find_encoder(str(folder))
     console.message(
         f"{missing}\nA small backbone is trained on these images first, without labels: SimCLR, the first stage of the "
-        f"recipe scan_photo, in {folder}. Its features are weaker than those of a large pretrained network.",
+        f"recipe scan_photo, in {folder}. It takes minutes to an hour and says how long; its features are weaker than "
+        "those of a large pretrained network: --backbone NAME --weights FILE takes one from a local file.",
         "warning",
     )
     train_simclr(root, folder)

@@ -52,6 +52,14 @@ class FolderError(UserError):
     """The run folder cannot be used as asked."""
 
 
+class NotWritten(FolderError):
+    """A file that cannot be written, and why. option: what chooses another place."""
+
+    def __init__(self, path: Path, error: OSError, option: str = "run.dir=…") -> None:
+        super().__init__(f"{path} cannot be written: {explain(error, option)}")
+        self.path, self.error = path, error
+
+
 def choose_path(root: str | Path, name: str, directory: str | Path | None = None) -> Path:
     """`directory` if it is given, else `root/name`, where the name must be one plain path component.
 
@@ -91,7 +99,7 @@ def fsync_folder(folder: Path) -> None:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replaces `path` by `data`: a reader, or a kill at any moment, finds the old content or the new, never a mix.
 
-    Raises FolderError in words where the disk is full or the folder cannot be written.
+    Raises NotWritten where the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -104,7 +112,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise FolderError(f"{path} cannot be written: {explain(error)}") from error
+        raise NotWritten(path, error) from error
 
 
 def explain(error: BaseException, option: str = "run.dir=…") -> str:

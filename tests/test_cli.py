@@ -64,9 +64,7 @@ def test_help_names_every_option_and_only_commands_that_exist(capsys):
         for name, description in options(group):
             assert name in text and description in " ".join(text.split())
     assert all(len(line) <= 120 for line in text.splitlines())
-    named = {
-        line.split()[1] for line in text.partition("Other commands")[2].splitlines() if line.startswith("  deepclust")
-    }
+    named = {line.split()[1] for line in text.partition("Commands (")[2].splitlines() if line.startswith("  deepclust")}
     assert named == set(cli.COMMANDS)
 
 
@@ -246,3 +244,31 @@ def test_predict_is_handed_on(tmp_path, monkeypatch):
     usual = {"new": False, "backbone": None, "weights": None, "device": "auto", "batch_size": None, "workers": None}
     usual.update(run=tmp_path, data=tmp_path, out=Path("out.csv"), trust=[])
     assert calls == [usual, {**usual, "trust": ["mine"], "batch_size": 7}]
+
+
+def test_what_was_meant_is_guessed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    assert main(["my photos"]) == BAD_INPUT and "mean deepclust cluster 'my photos'?" in capsys.readouterr().err
+    assert main(["edit", "run", "mrege", "1", "2"]) == BAD_INPUT and "did you mean merge?" in capsys.readouterr().err
+    assert main(["cluster", "my photos", "--appen"]) == BAD_INPUT
+    assert "did you mean --append?" in capsys.readouterr().err
+
+
+def test_a_fault_of_any_command_is_one_line_with_the_way_to_its_traceback(monkeypatch, capsys):
+    def fail(words):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (fail, "doctor", ""))
+    assert main(["doctor"]) == FAILED
+    text = capsys.readouterr().err
+    assert text.startswith("failed: RuntimeError: a bug (test_cli.py, line ") and "Traceback" not in text
+    monkeypatch.setenv("DEEPCLUST_TRACEBACK", "1")
+    assert main(["doctor"]) == FAILED and "Traceback" in capsys.readouterr().err
+
+
+def test_the_help_of_cluster_names_the_clusterers():
+    from deepclust.clusterers import METHODS
+    from deepclust.folder.options import CLUSTERERS
+
+    assert set(CLUSTERERS) == set(METHODS) - {"umap_hdbscan"}

@@ -207,3 +207,13 @@ def test_the_time_is_estimated_from_the_first_batches() -> None:
     for _ in range(6):
         progress.step(10)
     assert Console.said[1] == f"{Console.said[0]}; with all else about 1:07:40 in all"
+
+
+def test_a_file_of_ones_own_that_lacks_a_package_or_its_function_is_told_so(tmp_path: Path):
+    from deepclust.encoders import find_encoder
+
+    (tmp_path / "net.py").write_text("def net():\n    import package_that_nobody_has\n")
+    with pytest.raises(UserError, match=r"No module named 'package_that_nobody_has'. Install the package"):
+        find_encoder(f"{tmp_path}/net.py:net")
+    with pytest.raises(UserError, match=r"give the function too, as in --backbone .*net.py:FUNCTION"):
+        find_encoder(f"{tmp_path}/net.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from deepclust.folder.state import NOISE, State
 from deepclust.folder.votes import Landmarks, trust_in
 from deepclust.heads.votes import vote
 from deepclust.loggers.console import ConsoleLogger
-from deepclust.run_folder import release_lock, take_lock
+from deepclust.run_folder import NotWritten, release_lock, take_lock
 
 CANDIDATES = ("diffusion", "spectral", "spherical_kmeans")
 HEADS = {
@@ -95,16 +96,17 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
     """
     console, watch, began = console or ConsoleLogger(), Stopwatch(), time.monotonic()
     listing = list_folder(str(wanted.features.folder), key="")
-    if wanted.num_clusters is not None and not 2 <= wanted.num_clusters < len(listing.paths):
-        raise UserError(
-            f"-k {wanted.num_clusters}: {printable(str(listing.root))} holds {len(listing.paths):,} images; "
-            f"choose from 2 to {max(2, len(listing.paths) - 1):,}, or -k auto"
-        )
+    if len(listing.paths) < 3 or (wanted.num_clusters or 2) >= len(listing.paths):
+        count = len(listing.paths)
+        raise _not_so_many(wanted, f"{printable(str(listing.root))} holds {count:,} image(s)", count)
     out = wanted.out or default_run(listing.root, wanted.num_clusters)
-    before = _existing(out, wanted)
+    before = _existing(out, wanted, listing.root)
     console.message(_plan(wanted, listing.root, len(listing.paths), out, before))
-    out.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(out, "--out ")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(out, "--out ")
+    except OSError as error:
+        raise NotWritten(out, error, "--out DIR") from error
 
     def rest(count: int) -> float:
         return time.monotonic() - began + seconds_for(count, wanted.num_clusters)
@@ -119,6 +121,8 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
         console.finish("stopped")
         console.message("Stopped. The features are kept; the same command goes on from there.", "warning")
         return STOPPED
+    except NotWritten as error:
+        raise NotWritten(error.path, error.error, "--out DIR") from error
     finally:
         release_lock(out, lock)
 
@@ -128,7 +132,13 @@ def default_run(root: Path, num_clusters: int | None) -> Path:
     return Path("outputs") / f"clusters-{root.resolve().name or 'images'}-k{num_clusters or 'auto'}"
 
 
-def _existing(out: Path, wanted: Wanted) -> FolderRun | None:
+def _not_so_many(wanted: Wanted, what: str, count: int) -> UserError:
+    """There are too few images, and what would be valid for that many."""
+    advice = f"choose from 2 to {count - 1:,}, or auto" if count > 2 else "clustering needs three different ones"
+    return UserError(f"-k {wanted.num_clusters or 'auto'}: {what}; {advice}")
+
+
+def _existing(out: Path, wanted: Wanted, root: Path) -> FolderRun | None:
     """The run that is at this place, None where there is none or where a new one is asked for."""
     try:
         run = FolderRun.open(out)
@@ -142,6 +152,12 @@ def _existing(out: Path, wanted: Wanted) -> FolderRun | None:
         if not ours and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds other files; choose another folder") from None
         return None
+    store = (wanted.features.store or default_store(root)).resolve()
+    if not wanted.new and run.facts["store"] != str(store):
+        raise UserError(
+            f"--out {out} holds clusters of {printable(run.facts['root'])} by the store {run.facts['store']}, and not "
+            f"by {store}; choose another folder, or --new"
+        )
     return None if wanted.new else run
 
 
@@ -164,6 +180,8 @@ def _plan(wanted: Wanted, root: Path, count: int, out: Path, before: FolderRun |
     lines += [f"  {place}  {step}" for place, step in enumerate(steps, 2)]
     if before is not None and not wanted.append:
         lines.append("clusters that were found before keep their numbers where they are found again")
+        if before.facts["asked"].get("sort") and not wanted.sort:
+            lines.append("sorted/, which --sort left, is cleared; give --sort again to keep it")
     return "\n".join(lines)
 
 
@@ -178,8 +196,6 @@ def _cluster(
 ) -> int:
     """What comes after the features."""
     derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None)
-    if before is not None and before.facts["store"] != str(store.path.resolve()):
-        raise UserError(f"--out {out} holds clusters of {before.facts['root']}; choose another folder, or --new")
     edited = before is not None and set(before.history.verbs) - {"cluster", "append"}
     same = before is not None and before.facts.get("digest") == derived.key
     if before is not None and not same and not wanted.append and edited:
@@ -187,14 +203,17 @@ def _cluster(
             f"{out} was edited ({', '.join(before.history.verbs[1:])}) and the images changed since: --append keeps "
             "the clusters and gives the new images a place; --new starts over"
         )
+    sort = wanted.sort or (before.facts["asked"].get("sort") if before is not None and wanted.append else None)
     if before is not None and same and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}:
-        run = FolderRun(out, {**before.facts, "asked": wanted.told()})
+        run = FolderRun(out, {**before.facts, "asked": {**wanted.told(), "sort": sort}})
         state = run.state()
         console.message("nothing changed since; the files are written anew")
-        watch.seconds = {**before.facts.get("seconds", {}), **watch.seconds}
         return _conclude(run, state, derived, watch, console)
     if wanted.append and before is not None:
-        run = FolderRun(out, {**before.facts, "scan": store.scan, "digest": derived.key})
+        asked = {**before.facts["asked"], "sort": sort}
+        known = [*before.facts.get("appended", []), [before.facts["scan"], before.facts["digest"]]]
+        now = {"asked": asked, "appended": known, "scan": store.scan, "digest": derived.key, "seconds": {}}
+        run = FolderRun(out, {**before.facts, **now})
         with watch("append"):
             state = append(before, derived)
         run.history.push("append", state)
@@ -213,8 +232,7 @@ def _cluster(
     facts |= {"criterion": DEFAULT, "number": found.number, "seconds": {}}
     run = FolderRun(out, facts)
     landmarks.save(out)
-    run.history.clear()
-    run.history.push("cluster", state)
+    run.history.begin("cluster", state)
     return _conclude(run, state, derived, watch, console)
 
 
@@ -222,11 +240,8 @@ def _check_number(wanted: Wanted, derived: Derived) -> None:
     """Refuses more clusters than there are different images."""
     count = len(derived.landmarks)
     if count < 3 or (wanted.num_clusters or 2) >= count:
-        left = len(derived) - count
-        raise UserError(
-            f"-k {wanted.num_clusters or 'auto'}: {len(derived):,} images can be read"
-            f"{f', {left:,} of them near-duplicates of others' if left else ''}; {count:,} are too few for that"
-        )
+        left = f", {len(derived) - count:,} of them near-duplicates of others" if count < len(derived) else ""
+        raise _not_so_many(wanted, f"{len(derived):,} image(s) can be read{left}", count)
 
 
 def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> Found:
@@ -296,10 +311,11 @@ def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, 
     from deepclust.folder.outputs import write_all
 
     run.store, run.derived = derived.store, derived
-    run.facts["seconds"] = watch.seconds
+    run.facts["seconds"] = {**watch.seconds, **run.facts.get("seconds", {})}
     run.save()
     with watch("files"):
         write_all(run, state)
+    run.facts["seconds"]["files"] = watch.seconds["files"]
     run.save()
     kept = state.kept
     counts = {each: int((state.cluster[kept] == each).sum()) for each in [*state.ids, NOISE]}
@@ -311,5 +327,6 @@ def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, 
         console.message(f"and {len(order) - SHOWN} more")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
     console.message(f"{clock_time(sum(watch.seconds.values()))} (h:mm:ss) in all; seconds: {parts}")
-    console.message(f"{run.path}/report.html  clusters.csv  clusters.parquet\nnext: deepclust edit {run.path}")
+    files = f"{run.path}/report.html  clusters.csv  clusters.parquet{'  left_out.csv' if run.store.reasons else ''}"
+    console.message(f"{files}\nnext: deepclust edit {shlex.quote(str(run.path))}")
     return FINISHED

@@ -7,6 +7,7 @@ go into the first, the largest part of a split one keeps its id, and an id that 
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from deepclust.errors import UserError
 from deepclust.folder.outputs import up_to_date, write_all
 from deepclust.folder.run import FolderRun
 from deepclust.folder.state import NOISE, State, relabelled
-from deepclust.run_folder import release_lock, take_lock
+from deepclust.run_folder import NotWritten, release_lock, take_lock
 from deepclust.signatures import near
 
 SPECTRAL = range(100, 4001)
@@ -39,7 +40,10 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
     stopped, are written first. Raises UserError: no such run, one in use, words that do not fit it.
     """
     run = FolderRun.open(path)
-    lock = take_lock(run.path, "")
+    try:
+        lock = take_lock(run.path, "")
+    except OSError as error:
+        raise NotWritten(run.path, error, "--out DIR of deepclust cluster") from error
     try:
         if verb != "undo" and not up_to_date(run):
             _write(run, run.state())
@@ -49,7 +53,7 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
         if verb == "undo":
             if words:
                 raise UserError(f"undo takes nothing with it, and not {' '.join(words)}; it takes back the last edit")
-            text = f"took back: {run.history.pop()}"
+            text = f"took back: {_undo(run)}"
             state = run.state()
         else:
             edits: dict[str, Edit] = {"merge": merge, "rename": rename, "exclude": exclude}
@@ -58,8 +62,24 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
             run.history.push(verb, state)
         print(f"{text}; now {len(state.ids)} clusters of {len(state.kept):,} images")
         _write(run, state)
+    except NotWritten as error:
+        raise NotWritten(error.path, error.error, "--out DIR of deepclust cluster") from error
     finally:
         release_lock(run.path, lock)
+
+
+def _command(run: FolderRun) -> str:
+    """This command, as a shell takes it."""
+    return f"deepclust edit {shlex.quote(str(run.path))}"
+
+
+def _undo(run: FolderRun) -> str:
+    """Takes the last edit back; images that --append brought are new again."""
+    known = run.facts.get("appended")
+    if known and run.history.verbs[-1] == "append":
+        run.facts["scan"], run.facts["digest"] = known.pop()
+        run.save()
+    return run.history.pop()
 
 
 def _write(run: FolderRun, state: State) -> None:
@@ -80,7 +100,7 @@ def listing(run: FolderRun) -> list[str]:
         name = "noise" if cluster == NOISE else state.names.get(cluster, "")
         lines.append(f"{cluster:5d} {len(own):7,d} {state.confidence[own].mean():11.2f}  {name}".rstrip())
     if state.excluded.any():
-        lines.append(f"{int(state.excluded.sum()):,} images are taken out")
+        lines.append(f"{int(state.excluded.sum()):,} image(s) taken out")
     return [*lines, f"history: {', '.join(run.history.verbs)}"]
 
 
@@ -88,7 +108,7 @@ def merge(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, st
     """Clusters into the first one named, whose id stays, and whose name; without one it gets the first of theirs."""
     ids = list(dict.fromkeys(find(state, word) for word in words))
     if len(ids) < 2:
-        raise UserError(f"merge takes two clusters or more, as in: deepclust edit {run.path} merge 3 7")
+        raise UserError(f"merge takes two clusters or more, as in: {_command(run)} merge 3 7")
     into, others = ids[0], ids[1:]
     if into == NOISE:
         raise UserError(f"merge goes into the first cluster, and noise is none: merge {ids[1]} noise")
@@ -105,7 +125,7 @@ def merge(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, st
 def split(run: FolderRun, state: State, words: Sequence[str], num_parts: int = 2) -> tuple[State, str]:
     """One cluster into parts by its images' features; near-duplicates stay together, the largest part keeps the id."""
     if len(words) != 1:
-        raise UserError(f"split takes one cluster, as in: deepclust edit {run.path} split 3 -n 2")
+        raise UserError(f"split takes one cluster, as in: {_command(run)} split 3 -n 2")
     cluster = find(state, words[0])
     if cluster == NOISE:
         raise UserError(f"noise is no cluster, and cannot be split; clusters are {_known(state)}")
@@ -145,7 +165,7 @@ def _parts(run: FolderRun, rows: np.ndarray, num_parts: int, title: str) -> np.n
 def rename(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, str]:
     """A name for a cluster, or none (""). Names are unique, and nothing that could be an id."""
     if len(words) != 2:
-        raise UserError(f'rename takes a cluster and its name, as in: deepclust edit {run.path} rename 3 "red shoes"')
+        raise UserError(f'rename takes a cluster and its name, as in: {_command(run)} rename 3 "red shoes"')
     cluster, name = find(state, words[0]), " ".join(printable(words[1]).split())
     if cluster == NOISE:
         raise UserError(f"noise is no cluster, and has no other name; clusters are {_known(state)}")
@@ -164,7 +184,7 @@ def rename(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, s
 def exclude(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, str]:
     """Takes clusters, or images by their path, out of the tables, the report and the model."""
     if not words:
-        raise UserError(f"exclude takes clusters or paths of images, as in: deepclust edit {run.path} exclude 5")
+        raise UserError(f"exclude takes clusters or paths of images, as in: {_command(run)} exclude 5")
     paths: dict[str, int] = {}
     out = np.zeros(len(state.rows), dtype=bool)
     for word in words:
@@ -176,14 +196,14 @@ def exclude(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, 
             if place is None:
                 raise UserError(_no_image(run, word, str(error))) from None
             if state.excluded[place]:
-                raise UserError(f"{word} is taken out already; edit {run.path} undo takes it back") from None
+                raise UserError(f"{word} is taken out already; {_command(run)} undo takes it back") from None
             out[place] = True
     excluded = state.excluded | out
     after = replace(state, excluded=excluded)
     if not after.ids:
         raise UserError(f"{' '.join(words)}: no cluster would be left in {run.path}")
     names = {key: name for key, name in state.names.items() if key in after.ids}
-    return replace(after, names=names), f"took out {int(out.sum()):,} images, see left_out.csv"
+    return replace(after, names=names), f"took out {int(out.sum()):,} image(s), see left_out.csv"
 
 
 def find(state: State, word: str) -> int:

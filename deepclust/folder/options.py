@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from deepclust.folder.cluster import Wanted
 
 
+CLUSTERERS = ("kmeans", "spherical_kmeans", "gmm", "spectral", "diffusion", "prototypes", "ward", "tsne_gmm")
+"""Clusterers that take a number of clusters, all without extras."""
+
+
 def add_feature_options(parser: argparse.ArgumentParser) -> None:
     """What `features` and `cluster` have in common."""
-    add = parser.add_argument
-    add("images", type=Path, help="a folder of images")
+    parser.add_argument("images", type=Path, help="a folder of images")
+    add = parser.add_argument_group("features").add_argument
     add(
         "--backbone",
         action="append",
@@ -53,16 +57,28 @@ def feature_options(asked: argparse.Namespace) -> Asked:
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Those of `cluster` alone come first."""
-    own = parser.add_argument_group("clusters")
-    add = own.add_argument
+    add = parser.add_argument_group("clusters").add_argument
     add("-k", dest="number", type=_number, default=None, metavar="N|auto", help="how many clusters; default: auto")
-    add("--sort", choices=("copy", "symlink"), help="also one folder per cluster, of copies or links")
-    add("--append", action="store_true", help="new images join the clusters there are, which stay as they are")
-    add("--noise", action="store_true", help="images unlike all others stay in a group of their own")
+    add(
+        "--sort",
+        choices=("copy", "symlink"),
+        help="also sorted/, one folder per cluster, of copies or links; without it sorted/ is cleared",
+    )
+    add(
+        "--append",
+        action="store_true",
+        help="new images join the clusters of --out, or of the same -k, which stay as they are",
+    )
+    add("--noise", action="store_true", help="images unlike all others go into a group of their own, -1")
     add("--out", "-o", type=Path, metavar="DIR", help="default: outputs/clusters-<name of the folder>-k<N|auto>")
     add("--new", action="store_true", help="forget the clusters that are there, their numbers, names and edits")
-    add("--clusterers", type=_names, metavar="NAME,...", help="that are tried; the best is chosen without labels")
-    add("--seed", type=int, default=0, help="of everything random")
+    add(
+        "--clusterers",
+        type=_names,
+        metavar="NAME,...",
+        help=f"to try, out of {', '.join(CLUSTERERS)}; the best is chosen without labels",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of everything random")
     add_feature_options(parser)
 
 

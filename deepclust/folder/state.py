@@ -125,9 +125,11 @@ class History:
         files[-1].unlink()
         return files[-1].stem[5:]
 
-    def clear(self) -> None:
-        """Removes all states."""
-        for file in self.files():
+    def begin(self, verb: str, state: State) -> None:
+        """Starts over with this state; those before go once it is safe."""
+        before = self.files()
+        self.push(verb, state)
+        for file in before:
             file.unlink()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -94,13 +95,11 @@ def test_features_that_are_there_need_no_network(words: list[str], monkeypatch: 
         patch.setattr("deepclust.encoders.find_encoder", refuse)
         assert main([*words, "-k", "4"]) == 0
         Image.new("RGB", (14, 10), "white").save("photos/new.png")
-        with pytest.raises(AssertionError):
-            main([*words, "-k", "4"])
+        assert main([*words, "-k", "4"]) == 1
     Path("nets.py").write_text(NETS.format(labels=True))
     with monkeypatch.context() as patch:
         patch.setattr("deepclust.encoders.find_encoder", refuse)
-        with pytest.raises(AssertionError):
-            main([*words, "-k", "4"])
+        assert main([*words, "-k", "4"]) == 1
     assert main([*words, "-k", "4"]) == 0 and len(table("outputs/clusters-photos-k4")) == 63
 
 
@@ -161,8 +160,8 @@ def test_an_edited_run_is_not_overwritten(words: list[str], capsys: pytest.Captu
     ("more", "message"),
     [
         (["-k", "1"], "neither auto nor a whole number from 2 on"),
-        (["-k", "63"], "holds 63 images; choose from 2 to 62"),
-        (["-k", "61"], "2 of them near-duplicates of others; 60 are too few"),
+        (["-k", "63"], "holds 63 image(s); choose from 2 to 62"),
+        (["-k", "61"], "2 of them near-duplicates of others; choose from 2 to 59"),
         (["--clusterers", "spectrall"], "did you mean spectral?"),
         (["--append"], "there are no clusters in outputs/clusters-photos-kauto yet"),
         (["--append", "--new"], "choose one"),
@@ -233,3 +232,76 @@ def test_inherited_ids_never_change_their_meaning():
     assert set(other.cluster.tolist()) & {0, 1, 3, 4, 6, 8} == set() and other.next_id >= 9
     fresh = inherit(old, state([0, 1, 0, 1], rows=[20, 21, 22, 23], next_id=2))
     assert fresh.cluster.tolist() == [9, 10, 9, 10] and fresh.names == {} and fresh.next_id == 11
+
+
+def test_sorted_stays_with_append_and_goes_only_where_it_is_said(words: list[str], capsys: pytest.CaptureFixture[str]):
+    run = Path("outputs/clusters-photos-k3")
+    assert main([*words, "-k", "3"]) == 0
+    Image.new("RGB", (14, 10), "blue").save("photos/blue/new.png")
+    assert main([*words, "-k", "3", "--append", "--sort", "copy"]) == 0
+    assert len(list((run / "sorted").rglob("*.png"))) == 63
+    assert main([*words, "-k", "3", "--append"]) == 0
+    assert len(list((run / "sorted").rglob("*.png"))) == 63
+    capsys.readouterr()
+    assert main([*words, "-k", "3"]) == 0
+    assert "sorted/, which --sort left, is cleared" in capsys.readouterr().out and not (run / "sorted").exists()
+
+
+def test_images_whose_append_was_taken_back_can_be_appended_again(words: list[str]):
+    run = "outputs/clusters-photos-k3"
+    assert main([*words, "-k", "3"]) == 0
+    first = table(run)
+    shutil.copy("photos/red/002.png", "photos/blue/000.png")  # changed
+    Image.new("RGB", (14, 10), "blue").save("photos/blue/new.png")
+    assert main([*words, "-k", "3", "--append"]) == 0
+    appended = table(run)
+    assert main(["edit", run, "undo"]) == 0
+    assert len(table(run)) == len(first)
+    assert main([*words, "-k", "3", "--append"]) == 0
+    assert len(appended) == len(first) + 1 and table(run) == appended
+
+
+def test_seconds_are_those_of_the_command_and_do_not_pile_up(words: list[str]):
+    facts = []
+    for _ in range(3):
+        assert main([*words, "-k", "3"]) == 0
+        facts.append(json.loads(Path("outputs/clusters-photos-k3/run.json").read_text())["seconds"])
+    assert all(each["features"] == facts[0]["features"] for each in facts)
+    assert facts[2]["files"] < facts[1]["files"] + facts[0]["files"]
+
+
+def test_places_that_cannot_be_written_are_named_with_the_option(words: list[str], monkeypatch, capsys):
+    Path("file").write_text("")
+    for place in ("file", "file/below"):
+        assert main([*words, "-k", "3", "--out", place]) == 2
+        error = capsys.readouterr().err
+        assert f"{place} cannot be written: a file is in the way. Choose another place with --out DIR" in error
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("deepclust.run_folder.os.replace", full)
+        assert main([*words, "-k", "3"]) == 2
+    assert "the disk is full" in (error := capsys.readouterr().err) and "--out DIR" in error
+    assert main([*words, "-k", "3", "-o", "my run"]) == 0
+    assert "next: deepclust edit 'my run'" in capsys.readouterr().out
+    shutil.copytree("photos", "others/photos")
+    assert main(["cluster", "others/photos", *words[2:], "-k", "3", "--store", "store", "-o", "my run"]) == 2
+    assert "holds clusters of" in capsys.readouterr().err and not Path("store").exists()
+
+
+def test_too_few_images_are_told_what_would_do(words: list[str], capsys: pytest.CaptureFixture[str]):
+    for count in range(1, 4):
+        for copy in range(4):
+            Path(f"few{count}").mkdir(exist_ok=True)
+            if copy < count:
+                shutil.copy("photos/red/002.png", f"few{count}/{copy}.png")
+    assert main(["cluster", "few2", *words[2:]]) == 2
+    assert "few2 holds 2 image(s); clustering needs three different ones" in capsys.readouterr().err
+    assert main(["cluster", "few3", *words[2:]]) == 2
+    assert (
+        "3 image(s) can be read, 2 of them near-duplicates of others; clustering needs three" in capsys.readouterr().err
+    )
+    assert main([*words, "-k", "60"]) == 2
+    assert "; choose from 2 to " in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_exclude_takes_clusters_and_images_out(run: FolderRun, capsys: pytest.Ca
     assert edit(run, "exclude", 1, 2) == 2 and "no cluster would be left" in capsys.readouterr().err
     assert edit(run) == 0
     said = capsys.readouterr().out
-    assert "images are taken out" in said and "history: cluster, exclude" in said
+    assert "image(s) taken out" in said and "history: cluster, exclude" in said
     assert [line.split()[:2] for line in said.splitlines()[1:3]] == [["1", "5"], ["2", "5"]]
 
 
