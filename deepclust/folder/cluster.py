@@ -153,12 +153,16 @@ def _existing(out: Path, wanted: Wanted, root: Path) -> FolderRun | None:
             raise UserError(f"--out {out} holds other files; choose another folder") from None
         return None
     store = (wanted.features.store or default_store(root)).resolve()
-    if not wanted.new and run.facts["store"] != str(store):
-        raise UserError(
-            f"--out {out} holds clusters of {printable(run.facts['root'])} by the store {run.facts['store']}, and not "
-            f"by {store}; choose another folder, or --new"
-        )
+    if not wanted.new and run.facts["store"] != str(store) and Path(run.facts["store"]).exists():
+        raise _other_store(run, store)
     return None if wanted.new else run
+
+
+def _other_store(run: FolderRun, store: Path) -> UserError:
+    return UserError(
+        f"--out {run.path} holds clusters of {printable(run.facts['root'])} by the store {run.facts['store']}, and not "
+        f"by {store}; choose another --out or --store, or --new"
+    )
 
 
 def _plan(wanted: Wanted, root: Path, count: int, out: Path, before: FolderRun | None) -> str:
@@ -198,6 +202,9 @@ def _cluster(
     derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None)
     edited = before is not None and set(before.history.verbs) - {"cluster", "append"}
     same = before is not None and before.facts.get("digest") == derived.key
+    place = {"root": str(store.root), "store": str(store.path.resolve())}  # they may have moved
+    if before is not None and before.facts["store"] != place["store"] and not same:
+        raise _other_store(before, store.path.resolve())
     if before is not None and not same and not wanted.append and edited:
         raise UserError(
             f"{out} was edited ({', '.join(before.history.verbs[1:])}) and the images changed since: --append keeps "
@@ -205,7 +212,7 @@ def _cluster(
         )
     sort = wanted.sort or (before.facts["asked"].get("sort") if before is not None and wanted.append else None)
     if before is not None and same and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}:
-        run = FolderRun(out, {**before.facts, "asked": {**wanted.told(), "sort": sort}})
+        run = FolderRun(out, {**before.facts, **place, "asked": {**wanted.told(), "sort": sort}})
         state = run.state()
         console.message("nothing changed since; the files are written anew")
         return _conclude(run, state, derived, watch, console)
@@ -213,7 +220,7 @@ def _cluster(
         asked = {**before.facts["asked"], "sort": sort}
         known = [*before.facts.get("appended", []), [before.facts["scan"], before.facts["digest"]]]
         now = {"asked": asked, "appended": known, "scan": store.scan, "digest": derived.key, "seconds": {}}
-        run = FolderRun(out, {**before.facts, **now})
+        run = FolderRun(out, {**before.facts, **place, **now})
         with watch("append"):
             state = append(before, derived)
         run.history.push("append", state)
@@ -227,7 +234,7 @@ def _cluster(
         landmarks, state = _carry(derived, found, wanted, store)
     if before is not None:
         state = inherit(before.state(), state)
-    facts = {"root": str(store.root), "store": str(store.path.resolve()), "backbone": backbone, "scan": store.scan}
+    facts = {**place, "backbone": backbone, "scan": store.scan}
     facts |= {"digest": derived.key, "asked": wanted.told(), "clusterer": found.method, "choice": found.choice}
     facts |= {"criterion": DEFAULT, "number": found.number, "seconds": {}}
     run = FolderRun(out, facts)

@@ -305,3 +305,23 @@ def test_too_few_images_are_told_what_would_do(words: list[str], capsys: pytest.
     )
     assert main([*words, "-k", "60"]) == 2
     assert "; choose from 2 to " in capsys.readouterr().err
+
+
+def test_a_folder_that_moved_keeps_its_clusters(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Path("outputs/clusters-photos-k3")
+    assert main([*words, "-k", "3"]) == 0 and main(["edit", str(run), "rename", "0", "first"]) == 0
+    before = [(Path(line["path"]).name, line["cluster"], line["name"]) for line in table(str(run))]
+    Path("elsewhere").mkdir()
+    for name in ("photos", "outputs", "nets.py"):
+        Path(name).rename(Path("elsewhere") / name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for more in ([], ["--append"]):
+        assert main([*words, "-k", "3", *more]) == 0
+        after = table(str(run))
+        assert [(Path(line["path"]).name, line["cluster"], line["name"]) for line in after] == before
+        assert all(Path(line["path"]).is_file() for line in after)
+    Path("photos").rename("pictures")
+    assert (
+        main(["cluster", "pictures", *words[2:], "--store", "outputs/features-photos", "-o", str(run), "--append"]) == 0
+    )
+    assert all(Path(line["path"]).is_file() for line in table(str(run)))
