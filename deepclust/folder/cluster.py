@@ -211,8 +211,9 @@ def _cluster(
             "the clusters and gives the new images a place; --new starts over"
         )
     sort = wanted.sort or (before.facts["asked"].get("sort") if before is not None and wanted.append else None)
-    if before is not None and same and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}:
-        run = FolderRun(out, {**before.facts, **place, "asked": {**wanted.told(), "sort": sort}})
+    alike = before is not None and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}
+    if before is not None and same and (alike or wanted.append):
+        run = FolderRun(out, {**before.facts, **place, "asked": {**before.facts["asked"], "sort": sort}})
         state = run.state()
         console.message("nothing changed since; the files are written anew")
         return _conclude(run, state, derived, watch, console)
