@@ -13,7 +13,7 @@ the others were left alone until then and have their own line.
 
 Compared with EVoC and UMAP + HDBSCAN, as they come, on the same features; a missing package leaves its columns out.
 ARI and NMI count each image that they call noise as a cluster of its own (which NMI forgives more than ARI). Ours are
-of the spectral clustering at the estimated number. A finished cell is a file and is read, not computed, the next time.
+of the clusterer `diffusion` at the estimated number. A finished cell is a file and is read, not computed, the next time.
 """
 
 from __future__ import annotations
@@ -127,12 +127,12 @@ def blobs(num_clusters: int, equal: bool, draw: int) -> tuple[np.ndarray, np.nda
 
 
 def ours(x: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """The estimate, and the spectral clustering at it."""
+    """The estimate, and the default clustering at it."""
     began = time.process_time()
     found = estimate_number(x)
     facts = {name: getattr(found, name) for name in ("k", "low", "high", "sure", "statement", "votes")}
     facts["estimate_seconds"] = time.process_time() - began
-    return cluster("spectral", x, found.k).labels, facts
+    return cluster("diffusion", x, found.k).labels, facts
 
 
 def evoc(x: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:

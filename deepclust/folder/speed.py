@@ -8,7 +8,7 @@ import torch
 
 from deepclust.folder.derived import NUM_COMPONENTS, NUM_LANDMARKS
 
-PROBE_ROWS, PROBE_TURNS = 1024, 30
+PROBE_ROWS, PROBE_TURNS = 1024, 12
 REFERENCE = 0.0087
 """Seconds of the probe on the machine of two cores (AMD EPYC, Zen 4) on which the parts were timed."""
 
@@ -17,7 +17,7 @@ def seconds_for(num_images: int, num_clusters: int | None, *, derived: bool = Fa
     """Seconds from features to report, on this machine as it is now.
 
     num_clusters: None for auto. derived: whether neighbours, map and near-duplicates are there from an earlier run.
-    The parts were timed with 400, 3,409 and 50,000 images; a probe of half a second at most tells how much slower or
+    The parts were timed with 400, 3,409 and 50,000 images; a short probe tells how much slower or
     faster this machine is.
     """
     landmarks = min(num_images, NUM_LANDMARKS)
