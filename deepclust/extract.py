@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from deepclust.data.store import BLOCK, MANIFEST, FeatureStore, StoredBackbone
 from deepclust.data.store_writer import Changes, Fact, StoreWriter
 from deepclust.errors import UserError
 from deepclust.loggers.console import ConsoleLogger
+from deepclust.loggers.progress import Progress
 
 if TYPE_CHECKING:
     from deepclust.encoders import Encoder
@@ -41,7 +41,6 @@ SIMCLR = (
     "eval.baselines=none",
 )
 """The pretext of the recipe scan_photo as a run of its own, whose clusters nobody asks for."""
-PROBE_BATCHES, PROBE_SECONDS = 3, 2.0
 NAMED = 5
 FINISHED, STOPPED = 0, 143
 
@@ -326,57 +325,6 @@ def _feed(store: StoreWriter, group: Sequence[Task], batch: Batch, found: dict[s
             finite = bool(np.isfinite(values).all())
             why = "do not fit float16; use --dtype float32" if finite else "are not finite; use other --weights"
             raise UserError(f"the features of {store.paths[int(bad[0])]} by {task.encoder.model} {why}")
-
-
-class Progress:
-    """The bar, and how long it takes once a few batches are through.
-
-    clock: seconds. stage: what the bar says. rest: seconds of what was before and comes behind.
-    """
-
-    def __init__(
-        self,
-        console: ConsoleLogger,
-        total: int,
-        clock: Callable[[], float] = time.monotonic,
-        stage: str = "features",
-        rest: float = 0.0,
-    ) -> None:
-        self.console, self.total, self.clock, self.stage, self.rest = console, total, clock, stage, rest
-        self.started = clock()
-        self.done = self.batches = 0
-        self.began: tuple[float, int] | None = None
-        self.estimated = False
-
-    def step(self, count: int) -> None:
-        """A batch of `count` images is done."""
-        now = self.clock()
-        self.done += count
-        self.batches += 1
-        if self.began is None:  # the first batch warms up
-            self.began = (now, self.done)
-            return
-        seconds, images = now - self.began[0], self.done - self.began[1]
-        rate = images / max(seconds, 1e-9)
-        if not self.estimated and self.batches > PROBE_BATCHES and seconds >= PROBE_SECONDS:
-            self.estimated = True
-            left = (self.total - self.done) / rate
-            text = f"about {clock_time(left)} (h:mm:ss) for {self.total - self.done:,} images, {rate:,.0f} a second"
-            if self.rest:
-                text += f"; with all else about {clock_time(now - self.started + left + self.rest)} in all"
-            self.console.message(text)
-        where = {"stage_step": self.done, "stage_steps": self.total, "images_per_second": rate}
-        self.console.log(where, self.done, self.stage)
-
-    def finish(self) -> None:
-        """Takes the bar down."""
-        self.console.finish("finished")
-
-
-def clock_time(seconds: float) -> str:
-    """h:mm:ss"""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _conclude(store: StoreWriter, tasks: Sequence[Task], console: ConsoleLogger, hint: bool) -> None:

@@ -13,8 +13,8 @@ import torch
 from deepclust.data.ahead import Batch, Job, decode_ahead
 from deepclust.data.images import num_decoders
 from deepclust.errors import UserError
-from deepclust.extract import Progress
 from deepclust.loggers.console import ConsoleLogger
+from deepclust.loggers.progress import Progress
 from deepclust.predict_model import Found, ImageModel, RunModel, open_model
 from deepclust.predict_parts import Parts, check_out
 from deepclust.predict_source import Source, open_source, states_digest

@@ -13,7 +13,7 @@ the others were left alone until then and have their own line.
 
 Compared with EVoC and UMAP + HDBSCAN, as they come, on the same features; a missing package leaves its columns out.
 ARI and NMI count each image that they call noise as a cluster of its own (which NMI forgives more than ARI). Ours are
-of the clusterer `diffusion` at the estimated number. A finished cell is a file and is read, not computed, the next time.
+of the clusterer `diffusion` at the estimated number. A finished cell is a file; it is read, not computed, next time.
 """
 
 from __future__ import annotations

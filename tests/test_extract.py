@@ -18,7 +18,8 @@ from deepclust.data.features import features
 from deepclust.data.store import FeatureStore
 from deepclust.encoders import saw_labels
 from deepclust.errors import UserError
-from deepclust.extract import Asked, Progress, extract
+from deepclust.extract import Asked, extract
+from deepclust.loggers.progress import Progress
 
 NETS = """
 import torch
@@ -197,16 +198,17 @@ def test_the_time_is_estimated_from_the_first_batches() -> None:
 
         def log(self, *given: object) -> None: ...
 
-    times = iter([4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0] * 2)
+    times = iter([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0] * 2 + [40.0])
     clock: Callable[[], float] = lambda: next(times)  # noqa: E731
     progress = Progress(Console(), 40_000, clock)  # pyright: ignore[reportArgumentType]
-    for _ in range(6):
+    for _ in range(7):  # two warm up, four seconds are the probe
         progress.step(10)
-    assert Console.said == ["about 1:06:36 (h:mm:ss) for 39,960 images, 10 a second"]
+    assert Console.said == ["about 1:06:34 (h:mm:ss) for 39,940 images, 10 a second"]
     progress = Progress(Console(), 40_000, clock, rest=60.0)  # pyright: ignore[reportArgumentType]
-    for _ in range(6):
+    for _ in range(8):
         progress.step(10)
     assert Console.said[1] == f"{Console.said[0]}; with all else about 1:07:40 in all"
+    assert Console.said[2].startswith("now about 7:")  # six times slower than was said
 
 
 def test_a_file_of_ones_own_that_lacks_a_package_or_its_function_is_told_so(tmp_path: Path):

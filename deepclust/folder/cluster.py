@@ -18,7 +18,7 @@ from deepclust.data.folders import list_folder, printable
 from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
 from deepclust.eval.choice import DEFAULT, choose, criteria
-from deepclust.extract import FINISHED, STOPPED, Asked, clock_time, default_store, fill
+from deepclust.extract import FINISHED, STOPPED, Asked, default_store, fill
 from deepclust.folder.derived import Derived
 from deepclust.folder.grow import append, inherit
 from deepclust.folder.run import FolderRun
@@ -27,6 +27,7 @@ from deepclust.folder.state import NOISE, State
 from deepclust.folder.votes import Landmarks, trust_in
 from deepclust.heads.votes import vote
 from deepclust.loggers.console import ConsoleLogger
+from deepclust.loggers.progress import clock_time
 from deepclust.run_folder import NotWritten, release_lock, take_lock
 
 CANDIDATES = ("diffusion", "spectral", "spherical_kmeans")

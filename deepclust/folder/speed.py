@@ -9,7 +9,7 @@ import torch
 from deepclust.folder.derived import NUM_COMPONENTS, NUM_LANDMARKS
 
 PROBE_ROWS, PROBE_TURNS = 1024, 12
-REFERENCE = 0.0087
+REFERENCE = 0.012
 """Seconds of the probe on the machine of two cores (AMD EPYC, Zen 4) on which the parts were timed."""
 
 
@@ -32,14 +32,18 @@ def seconds_for(num_images: int, num_clusters: int | None, *, derived: bool = Fa
 
 
 def slowness() -> float:
-    """How many times longer this machine takes than that of the timings, from 0.2 to 20: by a matrix product."""
-    x = torch.ones(PROBE_ROWS, NUM_COMPONENTS)
-    bank = torch.ones(NUM_COMPONENTS, 4 * PROBE_ROWS)
-    times = []
-    for _ in range(PROBE_TURNS):
-        began = time.perf_counter()
-        (x @ bank).sum()
-        times.append(time.perf_counter() - began)
-        if sum(times) > 0.5:
-            break
-    return min(20.0, max(0.2, sorted(times)[len(times) // 2] / REFERENCE))
+    """How many times longer this machine takes than that of the timings, from 0.2 to 5: by a matrix product.
+
+    The fastest of some counts, on one thread, so that what else runs here in this moment does not.
+    """
+    x, bank = torch.ones(PROBE_ROWS, NUM_COMPONENTS), torch.ones(NUM_COMPONENTS, 4 * PROBE_ROWS)
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        while len(times) < PROBE_TURNS and sum(times) < 0.5:
+            began = time.perf_counter()
+            (x @ bank).sum()
+            times.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return min(5.0, max(0.2, min(times) / REFERENCE))
