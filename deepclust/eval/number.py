@@ -288,8 +288,9 @@ def statement(k: int, low: int, high: int, votes: Mapping[str, int], *, apart: b
     sure = how_sure(k, votes, apart=apart)
     if sure == "clear":
         return f"{k} clusters: {count}."
-    advice = f"Look at -k {low} and -k {high} too: too many clusters are easier to merge than too few to split."
-    advice = advice if low < high else "Look at what it gives."
+    others = " and ".join(f"-k {other}" for other in dict.fromkeys((low, high)) if other != k)
+    advice = f"Look at {others} too" if others else "Look at what it gives"
+    advice += ": too many clusters are easier to merge than too few to split." if high > k else "."
     if sure == "likely":
         return f"Probably {k} clusters, between {low} and {high}: {count}. {advice}"
     if not apart:
