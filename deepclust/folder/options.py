@@ -91,6 +91,11 @@ def cluster_options(asked: argparse.Namespace) -> Wanted:
 
     if asked.append and asked.new:
         raise UserError("--append keeps the clusters that are there and --new forgets them; choose one")
+    if len(asked.backbone) > 1:
+        raise UserError(
+            f"--backbone is given {len(asked.backbone)} times: clusters are of one; give one here "
+            "(deepclust features keeps those of several in one store)"
+        )
     names = asked.clusterers or CANDIDATES
     for name in names:
         if name not in METHODS:

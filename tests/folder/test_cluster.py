@@ -165,6 +165,7 @@ def test_an_edited_run_is_not_overwritten(words: list[str], capsys: pytest.Captu
         (["--clusterers", "spectrall"], "did you mean spectral?"),
         (["--append"], "there are no clusters in outputs/clusters-photos-kauto yet"),
         (["--append", "--new"], "choose one"),
+        (["--backbone", "resnet18"], "--backbone is given 2 times"),
         (["--out", "photos"], "holds other files"),
         (["--sort", "move"], "invalid choice"),
         (["--appendd"], "did you mean --append?"),
