@@ -179,7 +179,7 @@ def _reads_heif() -> bool:
 @cache
 def _register_heif() -> bool:
     try:
-        from pillow_heif import register_heif_opener
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     register_heif_opener()
