@@ -60,15 +60,17 @@ def trust_in(x: Tensor, labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
     x: (m, P) unit rows. labels: (m,) clusters. Half of it is the share of independent clusterings
     (`eval.second_opinion`) that agree on the image and its neighbours, half the mean of that over all images: opinions
-    that share errors agree on them, so what they say of a single image is believed by half. At most 1,500 landmarks are
-    asked about, the others go by their nearest.
+    that share errors agree on them, so what they say of a single image is believed by half (of clothing photos, digits
+    and Fashion-MNIST, whose labels were in view, this had the smaller calibration error beside believing the family of
+    opinions that agrees least). At most 1,500 landmarks are asked about, the others go by their nearest.
     """
     num_clusters = len(np.unique(labels))
     rows = np.sort(sample_rows(len(x), MAX_ASKED, seed))
     if num_clusters < 2 or len(rows) <= num_clusters:
         return np.ones(len(x), dtype=np.float32)
     asked = x[torch.from_numpy(rows)]
-    agreed = agreement(labels[rows], opinions(asked.numpy(), num_clusters, seed=seed))
+    asked_for = opinions(asked.numpy(), num_clusters, seed=seed)
+    agreed = agreement(labels[rows], {"all": [each for family in asked_for.values() for each in family]})
     if len(rows) < len(x):
         _, places = knn(x, asked, k=min(3, len(rows)))
         agreed = agreed[places.numpy()].mean(1)
