@@ -84,25 +84,6 @@ def consensus(labels: Mapping[str, np.ndarray]) -> dict[str, float]:
     return dict(zip(names, (table.sum(1) / max(1, len(names) - 1)).tolist()))
 
 
-def stability(
-    method: Callable[[np.ndarray, int, int], np.ndarray], features: Any, num_clusters: int, *, seed: int = 0
-) -> float:
-    """Adjusted Rand index, on the rows they share, of clusterings of two random 80 % of the rows.
-
-    method: (features (n, D), num_clusters, seed) to labels (n,). The idea of Ben-Hur, Elisseeff and Guyon (2002). It
-    costs two more clusterings, so it is none of `criteria`.
-    """
-    from sklearn.metrics import adjusted_rand_score
-
-    rows = as_array(features)
-    found = np.full((2, len(rows)), -1)
-    for part in range(2):
-        drawn = sample_rows(len(rows), max(1, int(0.8 * len(rows))), 2 * seed + part)
-        found[part, drawn] = method(rows[drawn], num_clusters, seed)
-    shared = (found >= 0).all(0)
-    return float(adjusted_rand_score(*found[:, shared]))
-
-
 def _left_out(rows: np.ndarray) -> Callable[[np.ndarray], float]:
     """A function of labels (n,): Cohen's kappa of them with those that ridge regression predicts for left-out rows.
 

@@ -31,7 +31,7 @@ from deepclust.loggers.progress import clock_time
 from deepclust.run_folder import NotWritten, release_lock, take_lock
 
 CANDIDATES = ("diffusion", "spectral", "spherical_kmeans")
-HEADS = {
+COLUMNS = {
     "neighbor_agreement": "agreement",
     "silhouette": "silhouette",
     "consensus": "consensus",
@@ -281,12 +281,12 @@ def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLo
     for name, figures in measured.items():
         choice[name] |= figures
     method = choose(measured)
-    columns = ["clusterer", *HEADS.values(), "seconds"]
+    columns = ["clusterer", *COLUMNS.values(), "seconds"]
     rows = [
-        [name, *(round(100 * each[key], 1) for key in HEADS), round(each["seconds"], 1)]
+        [name, *(round(100 * each[key], 1) for key in COLUMNS), round(each["seconds"], 1)]
         for name, each in choice.items()
     ]
-    console.table(f"chosen by {HEADS.get(DEFAULT, DEFAULT)}: {method}", columns, rows)
+    console.table(f"chosen by {DEFAULT}: {method}", columns, rows)
     sizes = np.bincount(clusterings[method], minlength=num_clusters)
     place = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
     return Found(place[clusterings[method]], method, choice, number)

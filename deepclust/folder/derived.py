@@ -178,18 +178,6 @@ class Derived:
         return {"positions": place(values.numpy(), places.numpy(), placed)}
 
 
-def neighbors_among(derived: Derived, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and places among `rows` (m,), (m, k) each, of the nearest of their kind; rows: ascending, of the store.
-
-    All usable rows have them at hand; of fewer, as after an exclusion, they are searched anew.
-    """
-    if np.array_equal(rows, derived.rows):
-        return derived.neighbors
-    x = derived.x[torch.from_numpy(np.searchsorted(derived.rows, rows))]
-    values, places = knn(x, x, k=min(NUM_NEIGHBORS, len(x) - 1), exclude_self=True)
-    return values.numpy(), places.numpy()
-
-
 def unit_rows(features: np.ndarray, rows: np.ndarray) -> Tensor:
     """(n, D) float32 of length one: some rows of a store's features."""
     return F.normalize(torch.from_numpy(np.asarray(features[rows], dtype=np.float32)), dim=1)

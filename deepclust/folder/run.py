@@ -4,6 +4,7 @@
 <run>/
   run.json            what was asked and found: see `FolderRun.facts`
   history/            states of the clusters, see `state.py`
+  landmarks.npz       the images that were clustered, see `votes.Landmarks`
   model.safetensors   the clusters as a model of features
   clusters.csv  clusters.parquet  left_out.csv  report.html
   sorted/             one folder per cluster, where it was asked for
@@ -36,8 +37,10 @@ class FolderRun:
 
     facts, plain JSON: `format`; `root`, the folder of images, and `store`, that of their features, absolute;
     `backbone`, its name in the store; `asked` {"num_clusters": K or "auto", "noise": bool, "sort": "copy", "symlink" or
-    null, "seed": int}; `clusterer`, the method that was chosen; `choice` {method: {"seconds", criterion: value}};
-    `criterion`, the one that chose; `number`, how K was found, or null; `seconds` {part: seconds}.
+    null, "seed": int, "clusterers": [name]}; `scan` and `digest`, of the store when the images were last taken in, and
+    `appended`, those before each append; `shown`, the SHA-256 of the state that the files show; `clusterer`, the method
+    that was chosen; `choice` {method: {"seconds", criterion: value}}; `criterion`, the one that chose; `number`, how K
+    was found, or null; `seconds` {part: seconds}.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
@@ -94,8 +97,9 @@ class FolderRun:
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         """(n, D) float32 rows of length one of some of the store's images."""
-        found = np.asarray(self.store.features(self.facts["backbone"])[rows], dtype=np.float32)
-        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        from deepclust.folder.derived import unit_rows
+
+        return unit_rows(self.store.features(self.facts["backbone"]), rows).numpy()
 
     def state(self) -> State:
         """Clusters as they are now."""

@@ -8,8 +8,7 @@ from sklearn.datasets import make_blobs
 from sklearn.linear_model import Ridge
 from sklearn.metrics import cohen_kappa_score, normalized_mutual_info_score
 
-from deepclust.clusterers import cluster
-from deepclust.eval.choice import CRITERIA, _left_out, choose, consensus, criteria, stability
+from deepclust.eval.choice import CRITERIA, _left_out, choose, consensus, criteria
 
 X, Y = make_blobs(80, 6, centers=4, cluster_std=1.0, random_state=1)
 RANDOM = np.random.default_rng(0).integers(0, 4, 80)
@@ -58,11 +57,3 @@ def test_consensus_is_the_mean_information_shared() -> None:
     expected = [normalized_mutual_info_score(Y, other) for other in (RANDOM, NEARLY)]
     assert found["a"] == pytest.approx(np.mean(expected))
     assert consensus({"a": Y}) == {"a": 0.0}
-
-
-def test_stability_is_high_for_plain_clusters_and_low_without_any() -> None:
-    def method(rows: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
-        return cluster("kmeans", rows, num_clusters, seed=seed).labels
-
-    assert stability(method, X, 4) > 0.95
-    assert stability(method, np.random.default_rng(0).normal(size=(80, 6)), 4) < 0.85

@@ -12,7 +12,7 @@ from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
 
 from deepclust import Clusterer
-from deepclust.folder.derived import Derived, leading_directions, neighbors_among, place
+from deepclust.folder.derived import Derived, leading_directions, place
 from deepclust.folder.state import relabelled
 from deepclust.folder.votes import Landmarks, clusterer_of, save_model, trust_in
 from deepclust.heads.votes import Votes, vote
@@ -79,12 +79,11 @@ def test_derived_parts_are_made_once_and_neighbours_are_exact(tmp_path: Path):
     near = x @ x.T - 2 * np.eye(len(x))
     assert np.allclose(values, -np.sort(-near, axis=1)[:, : values.shape[1]], atol=1e-5)
     assert first.map.shape == (len(x), 2) and np.isfinite(first.map).all()
-    assert told == ["leading directions of the features", "nearest neighbours", "near-duplicates", "", "a map"] or told
+    assert set(told) == {"leading directions of the features", "nearest neighbours", "near-duplicates", "", "a map"}
+    assert len(told) == 5
     again = Derived(run.store, run.facts["backbone"], told.append)
     told.clear()
     assert np.array_equal(again.map, first.map) and np.array_equal(again.neighbors[1], places) and not told
-    fewer = first.rows[2:9]
-    assert neighbors_among(first, fewer)[1].max() < 7
     copies = {first.rows[at] for at in np.flatnonzero(first.copy_of >= 0)}
     assert {run.store.paths[row] for row in copies} == {"red/copy0.png", "red/copy1.png"}
 
