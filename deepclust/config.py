@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from deepclust import settings
+from deepclust.build import build
 from deepclust.compose import Composed, ConfigError, compose, options
 from deepclust.data.view_ops import check_augment
 from deepclust.run_folder import choose_path
 from deepclust.signatures import check_arguments, check_node, show, signature, unknown_key
-from deepclust.targets import resolve
 
 __all__ = ["ConfigError", "RunConfig", "Stage", "build", "differences", "load", "options"]
 
@@ -34,7 +34,7 @@ SETTINGS = {
 SECTIONS = {key: f"deepclust.settings.{kind.__name__}" for key, kind in SETTINGS.items()}
 """Sections of plain values, and the dataclass that describes each."""
 NODES = ("data", "backbone", "head")
-"""Sections with a `_target_`; `targets.SECTIONS` says which ones it may be, unless the user trusts others."""
+"""Sections with a `_target_`; `targets.SECTIONS` says what it may be besides what is trusted."""
 JOB = signature("deepclust.settings.JobSettings")
 TOP = (*JOB.parameters, *SECTIONS, "augment", *NODES, "stages")
 STAGE = ("head", "optim", "augment", "trainer")
@@ -111,7 +111,7 @@ def load(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> Run
     ConfigError with all that is wrong.
     """
     composed, problems = compose(overrides, config_dirs)
-    if _says_trust(overrides):  # else a file there could take the place of a package that is not installed
+    if _says_trust(overrides):  # else a file there could pose as a package that is not installed
         for folder in config_dirs:
             for place in (Path(folder).resolve().parent, Path(folder).resolve()):
                 if str(place) not in sys.path:
@@ -120,41 +120,6 @@ def load(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> Run
     if problems or config is None:
         raise ConfigError(problems)
     return config
-
-
-def build(
-    node: Mapping[str, Any],
-    *,
-    section: str | None = None,
-    trust: Sequence[str] = (),
-    **injected: Any,
-) -> Any:
-    """The object that a `_target_` node describes.
-
-    The whole tree is checked before anything of it is imported or built. section: what it must be,
-    `data`, `backbone` or `head`; None for any. injected: arguments that the program knows (`dim`,
-    `num_clusters`, ...); each goes where a signature names it and the node does not. Raises
-    ConfigError with all that is wrong.
-    """
-    problems: list[str] = []
-    checked = check_node(node, section or "", problems, section=section, trust=trust)
-    if problems:
-        raise ConfigError([f"{show(node.get('_target_'))}: {line}" for line in problems])
-    return _build(checked, trust, injected)
-
-
-def _build(node: Mapping[str, Any], trust: Sequence[str], injected: Mapping[str, Any]) -> Any:
-    """The object of a node that was checked, nested ones first."""
-    import inspect
-
-    target = resolve(node["_target_"], trust)
-    names = inspect.signature(target).parameters
-    values = {key: value for key, value in injected.items() if key in names}
-    for key, value in node.items():
-        if key != "_target_":
-            nested = isinstance(value, Mapping) and "_target_" in value
-            values[key] = _build(value, trust, injected) if nested else value
-    return target(**values)
 
 
 def differences(old_text: str, new: RunConfig) -> list[str]:

@@ -82,9 +82,7 @@ def precision_of(encoder: Encoder) -> str:
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def find_encoder(
-    name: str, weights: str | None = None, size: int | None = None, code: Code | None = None
-) -> Encoder:
+def find_encoder(name: str, weights: str | None = None, size: int | None = None, code: Code | None = None) -> Encoder:
     """The encoder that `--backbone NAME` means. size: side in pixels of what a network is fed; None for its own.
 
     name: a run folder or its model.safetensors; FILE.py:FUNCTION or MODULE:FUNCTION, a function without arguments that

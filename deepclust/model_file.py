@@ -1,4 +1,4 @@
-"""The description in a model file: anybody may have written it, so it is checked as a whole before it is used."""
+"""The description in a model file: anybody may have written it, so all of it is checked first."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ class Sizes:
     std: list[Positive]
 
 
-def check_spec(
-    spec: Mapping[str, Any], trust: Sequence[str] = ()
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_spec(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """The nodes of backbone and head. Raises UserError, in one line, with all that is wrong.
 
     Nothing that the description names is imported or built.
@@ -48,9 +46,7 @@ def check_spec(
     known = signature(f"{__name__}.Sizes").parameters
     valid = ("backbone", "head", "clean", *known)
     problems += [unknown_key("", key, spec[key], valid) for key in spec if key not in valid]
-    sizes = {
-        key: check_value(item.kind, spec.get(key), key, problems) for key, item in known.items()
-    }
+    sizes = {key: check_value(item.kind, spec.get(key), key, problems) for key, item in known.items()}
     nodes = []
     for key in ("backbone", "head"):
         node = spec.get(key)
@@ -65,7 +61,8 @@ def check_spec(
     if not problems:
         fed = (sizes["view_size"], sizes["mean"], sizes["std"])
         try:
-            ViewTransform(spec.get("clean"), *fed, where="clean")  # pyright: ignore[reportArgumentType]
+            clean: Any = spec.get("clean")
+            ViewTransform(clean, *fed, where="clean")
         except UserError as error:
             problems += str(error).splitlines()
     if problems:

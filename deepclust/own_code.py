@@ -1,4 +1,4 @@
-"""Code of the user's own, FILE.py:FUNCTION: read once, run as it was read, remembered if it was named.
+"""Code of the user's own, FILE.py:FUNCTION: run as it was read, remembered if it was named.
 
 A feature store says itself which file made it and what that file's hash was, and it may come from
 anybody. So what it names runs without a word only if this user ran the same before: their
@@ -82,7 +82,7 @@ class Code:
 
 
 def _settings() -> Path:
-    """The user's configuration folder. A relative one does not count, as XDG asks: it lies anywhere."""
+    """The user's configuration folder. As XDG asks, a relative one does not count."""
     chosen = os.environ.get("XDG_CONFIG_HOME", "")
     home = Path(chosen) if os.path.isabs(chosen) else Path.home() / ".config"
     return home / "deepclust"
@@ -111,15 +111,10 @@ def recorded_code(name: str, digest: Any, trust: Sequence[str] = ()) -> Code:
     place = name.rpartition(":")[0]
     shown, file = _quoted(name), _quoted(place)
     if not place.endswith(".py") or not Path(place).is_file():
-        raise UserError(
-            f"--backbone {shown} made these features; give it again, if it is still to be trusted"
-        )
+        raise UserError(f"--backbone {shown} made these features; give it again, if it is still to be trusted")
     code = read_code(name)
     if code.digest != digest:
-        raise UserError(
-            f"{file}, which made these features, was changed since; "
-            f"--backbone {shown} runs it as is"
-        )
+        raise UserError(f"{file}, which made these features, was changed since; --backbone {shown} runs it as is")
     trusted = code.path in [os.path.abspath(os.path.expanduser(each)) for each in trust]
     if not trusted and not code.remembered:
         raise NotTrusted(

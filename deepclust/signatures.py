@@ -260,7 +260,8 @@ def check_value(kind: Kind, value: Any, where: str, problems: list[str], trust: 
     if isinstance(kind, Node) and isinstance(value, Mapping):
         return check_node(value, where, problems, section=kind.section, trust=trust)
     for inner, target in _targets(value):
-        problems.append(f"{where}{inner}={show(target)}: no nested object belongs there; must be {kind.words}")
+        what = f"{where}{inner}={show(target)}"
+        problems.append(f"{what}: no nested object belongs there; must be {kind.words}")
         return None
     try:
         return kind.read(value)
@@ -310,9 +311,7 @@ def _library_signature(target: str) -> Signature:
     arguments = inspect.signature(resolve(target)).parameters.values()
     empty = inspect.Parameter.empty
     named = [item for item in arguments if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
-    return Signature(
-        target, {item.name: Parameter(Anything(), item.default is not empty) for item in named}
-    )
+    return Signature(target, {item.name: Parameter(Anything(), item.default is not empty) for item in named})
 
 
 def unknown_key(path: str, key: str, value: Any, valid: Iterable[str]) -> str:

@@ -55,13 +55,30 @@ DATA = (
     "deepclust.data.imagenet.imagenet",
     "deepclust.data.imagenet.tiny_imagenet",
 )
-LAYERS = tuple(
-    f"torch.nn.{name}"
-    for name in """
-    AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool2d BatchNorm1d BatchNorm2d Conv2d Dropout ELU Flatten
-    GELU GroupNorm Identity LayerNorm LeakyReLU Linear MaxPool2d ReLU SELU SiLU Sigmoid Softmax
-    Softplus Tanh
-    """.split()
+LAYERS = (
+    "torch.nn.AdaptiveAvgPool2d",
+    "torch.nn.AdaptiveMaxPool2d",
+    "torch.nn.AvgPool2d",
+    "torch.nn.BatchNorm1d",
+    "torch.nn.BatchNorm2d",
+    "torch.nn.Conv2d",
+    "torch.nn.Dropout",
+    "torch.nn.ELU",
+    "torch.nn.Flatten",
+    "torch.nn.GELU",
+    "torch.nn.GroupNorm",
+    "torch.nn.Identity",
+    "torch.nn.LayerNorm",
+    "torch.nn.LeakyReLU",
+    "torch.nn.Linear",
+    "torch.nn.MaxPool2d",
+    "torch.nn.ReLU",
+    "torch.nn.SELU",
+    "torch.nn.SiLU",
+    "torch.nn.Sigmoid",
+    "torch.nn.Softmax",
+    "torch.nn.Softplus",
+    "torch.nn.Tanh",
 )
 """Modules whose constructors take numbers and words alone: for heads of one's own that want one."""
 

@@ -1,6 +1,6 @@
-"""Several test processes share the machine: each computes on one thread, and so do the processes that it starts.
+"""Several test processes share the machine: each computes on one thread, as do those it starts.
 
-What a user ran by name is remembered in their configuration folder: tests have one of their own, never the real one.
+What a user ran by name is remembered in their configuration folder: tests have one of their own.
 """
 
 from __future__ import annotations

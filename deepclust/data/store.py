@@ -215,7 +215,7 @@ class FeatureStore:
 
 
 def _checked(backbone: StoredBackbone) -> StoredBackbone:
-    """The same. ValueError unless its file is one of the store and holds numbers: a map of objects is unsafe."""
+    """The same. ValueError unless its file is in the store and holds numbers: objects are unsafe."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", backbone.name):
         raise ValueError(f"{backbone.name!r} is no name of a backbone")
     if backbone.dtype not in DTYPES or type(backbone.dim) is not int or backbone.dim < 1:
