@@ -24,7 +24,7 @@ from deepclust.own_code import Code, load_function, read_code, recorded_code, un
 from deepclust.precision import autocast, autocast_dtype
 
 RESIZING = "shorter side to `size`, antialiased bicubic; centre crop"
-MAX_SIDE = 16384
+MAX_SIDE = 8192
 """Pixels of a side that a store may ask for."""
 LABEL_FREE = r"(dino|mae|fcmae|mim|lvd142m|lvd1689m|sat493m)(_|$)"
 LABELLED = r"(^|_)(in1k|in12k|in21k|in22k|inat21|jft)(_|$)"

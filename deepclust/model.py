@@ -18,6 +18,7 @@ from deepclust.data.view_ops import split_view
 from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
 from deepclust.model_file import check_size, check_spec, mismatch
+from deepclust.targets import BACKBONES
 
 if TYPE_CHECKING:
     from deepclust.data.views import ViewTransform
@@ -265,7 +266,7 @@ def build_network(
     from deepclust.config import build
 
     node = dict(backbone)
-    if not pretrained:
+    if not pretrained and (node.get("_target_") in BACKBONES or "pretrained" in node):
         node.update({key: value for key, value in UNTRAINED.items() if key in node})
     shape = {"in_channels": sizes["channels"], "image_size": sizes["size"]}
     body = build(node, section="backbone", trust=trust, **shape)

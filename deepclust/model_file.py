@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from deepclust.errors import UserError
 from deepclust.schema import Positive, Range
 from deepclust.signatures import check_node, check_value, signature, unknown_key
 
-Side = Annotated[int, Range(ge=1, le=16384)]
+MAX_SIDE = 8192
+Side = Annotated[int, Range(ge=1, le=8192)]
 Channels = Annotated[int, Range(ge=1, le=1048576)]
 Clusters = Annotated[int, Range(ge=1, le=1000000)]
 MAX_UNSAVED = 2**32
@@ -40,8 +42,6 @@ def check_spec(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[dict
 
     Nothing that the description names is imported or built.
     """
-    from deepclust.data.views import ViewTransform
-
     problems: list[str] = []
     known = signature(f"{__name__}.Sizes").parameters
     valid = ("backbone", "head", "clean", *known)
@@ -59,16 +59,38 @@ def check_spec(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[dict
     if not problems and len(sizes["mean"]) not in (1, sizes["channels"]):
         problems.append(f"mean must have one value for each of {sizes['channels']} channels")
     if not problems:
-        fed = (sizes["view_size"], sizes["mean"], sizes["std"])
-        try:
-            clean: Any = spec.get("clean")
-            ViewTransform(clean, *fed, where="clean")
-        except UserError as error:
-            problems += str(error).splitlines()
+        problems += _check_view(spec.get("clean"), sizes)
     if problems:
         raise UserError("; ".join(problems))
     backbone, head = nodes
     return backbone, head
+
+
+def _check_view(clean: Any, sizes: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the operations that make the clean view."""
+    from deepclust.data.views import ViewTransform
+
+    if _largest(clean) > MAX_SIDE:
+        return [f"clean must not hold numbers above {MAX_SIDE}"]
+    try:
+        view = ViewTransform(clean, sizes["view_size"], sizes["mean"], sizes["std"], "clean")
+    except UserError as error:
+        return str(error).splitlines()
+    size = sizes["image_size"]
+    for item in view.planned:
+        size = item.op.out_size(size, view.size)
+        if max(size) > MAX_SIDE:
+            return [f"clean makes images of {max(size)} px, more than {MAX_SIDE}"]
+    return []
+
+
+def _largest(value: Any) -> float:
+    """The largest number inside a value."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0.0)
+    return abs(value) if isinstance(value, int | float) else 0.0
 
 
 def check_size(make: Callable[[], Any], weights: Mapping[str, Tensor]) -> None:
@@ -90,11 +112,11 @@ def check_size(make: Callable[[], Any], weights: Mapping[str, Tensor]) -> None:
 @contextmanager
 def _at_most(count: int) -> Iterator[None]:
     """Inside, networks of more parameters and buffers than that raise UserError: they never end."""
-    made = 0
+    made, own = 0, threading.get_ident()
 
     def counted(*_: Any) -> None:
         nonlocal made
-        made += 1
+        made += threading.get_ident() == own
         if made > count:
             raise UserError("it describes many more tensors than the file holds")
 

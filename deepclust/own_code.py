@@ -97,7 +97,9 @@ def read_code(name: str) -> Code:
     others = hashlib.sha256()
     for file in files:
         if str(file) != path and file.is_file():
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            content = "unreadable"
+            with contextlib.suppress(OSError):
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
             others.update(f"{content} {json.dumps(file.name)}\n".encode())
     return Code(path, function, Path(path).read_bytes(), others.hexdigest())
 

@@ -93,7 +93,7 @@ def test_a_groups_file_and_words_go_by_the_same_rule(stranger: Stranger, kind: s
     for said in (str(files.value), str(words.value)):
         assert all(place in said for place in places)
     inner = json.dumps(node).replace(": ", ":")
-    with pytest.raises(ConfigError, match="head.inner"):
+    with pytest.raises(ConfigError, match=r"head\.inner"):
         load(["head=calibration", f"++head.inner={inner}"], conf)
     assert not stranger.canary.exists() and "trap" not in sys.modules
 

@@ -203,6 +203,8 @@ HUGE = {
     "queue of training": {"head": {"_target_": "deepclust.heads.moco.MoCo", "queue_size": 10**12}},
     "clusters": {"num_clusters": 999_999},
     "giant network": {"backbone": {"_target_": "deepclust.backbones.timm_backbone", "name": "vit_giant_patch14_224"}},
+    "views": {"clean": [{"resize": {"size": 8000, "ratio": 8000}}]},
+    "draws": {"clean": [{"random_ops": {"count": 10**9, "ops": [{"gamma": {}}]}}]},
     "another network": {"backbone": {"_target_": "deepclust.backbones.cifar_resnet"}},
 }
 
