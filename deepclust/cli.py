@@ -300,7 +300,8 @@ def predict(words: list[str]) -> int:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     add("--batch-size", type=count, metavar="B", help="default: that of the features, or what suits the images")
     add("--workers", type=count, metavar="N", help="threads that decode; default: one a core, at most 8")
-    add("--trust", action="append", default=[], help="a module of your own that the model needs")
+    trusted = "a module of your own that the model needs, or the FILE.py that made its features"
+    add("--trust", action="append", default=[], metavar="NAME", help=trusted)
     asked = parser.parse_args(words)
     for path in (asked.run, asked.data):
         if not path.exists():

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from deepclust import settings
+from deepclust.build import build
 from deepclust.compose import Composed, ConfigError, compose, options
 from deepclust.data.view_ops import check_augment
 from deepclust.run_folder import choose_path
-from deepclust.signatures import check_arguments, check_node, resolve, show, signature, unknown_key
+from deepclust.signatures import check_arguments, check_node, show, signature, unknown_key
 
 __all__ = ["ConfigError", "RunConfig", "Stage", "build", "differences", "load", "options"]
 
@@ -32,8 +33,8 @@ SETTINGS = {
 }
 SECTIONS = {key: f"deepclust.settings.{kind.__name__}" for key, kind in SETTINGS.items()}
 """Sections of plain values, and the dataclass that describes each."""
-NODES = {"data": "deepclust.data", "backbone": "deepclust.backbones", "head": "deepclust.heads"}
-"""Sections with a `_target_`, and the package it must come from unless the user trusts another."""
+NODES = ("data", "backbone", "head")
+"""Sections with a `_target_`; `targets.SECTIONS` says what it may be besides what is trusted."""
 JOB = signature("deepclust.settings.JobSettings")
 TOP = (*JOB.parameters, *SECTIONS, "augment", *NODES, "stages")
 STAGE = ("head", "optim", "augment", "trainer")
@@ -105,39 +106,20 @@ class RunConfig:
 def load(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> RunConfig:
     """The configuration that `key=value` words ask for.
 
-    config_dirs: further folders of groups (`DIR/head/mine.yaml` makes `head=mine`). Python files that they name are
-    looked for beside DIR, in it, and where Python looks anyway. Raises ConfigError with all that is wrong.
+    config_dirs: further folders of groups (`DIR/head/mine.yaml` makes `head=mine`). Python files
+    that `trust` names are looked for beside DIR, in it, and where Python looks anyway. Raises
+    ConfigError with all that is wrong.
     """
-    for folder in config_dirs:
-        for place in (Path(folder).resolve().parent, Path(folder).resolve()):
-            if str(place) not in sys.path:
-                sys.path.append(str(place))
     composed, problems = compose(overrides, config_dirs)
+    if _says_trust(overrides):  # else a file there could pose as a package that is not installed
+        for folder in config_dirs:
+            for place in (Path(folder).resolve().parent, Path(folder).resolve()):
+                if str(place) not in sys.path:
+                    sys.path.append(str(place))
     config = _check(composed, overrides, problems)
     if problems or config is None:
         raise ConfigError(problems)
     return config
-
-
-def build(node: Mapping[str, Any], *, trust: Sequence[str] = (), **injected: Any) -> Any:
-    """The object that a `_target_` node describes, nested nodes first.
-
-    injected: arguments that the program knows (`dim`, `num_clusters`, ...); each goes where a signature names it and
-    the node does not. Raises UserError for a target that may not be built.
-    """
-    import inspect
-
-    target = resolve(str(node.get("_target_")), trust)
-    values = {key: _built(value, trust, injected) for key, value in node.items() if key != "_target_"}
-    names = inspect.signature(target).parameters
-    unknown = [unknown_key("", key, value, names) for key, value in values.items() if key not in names]
-    if unknown:
-        raise ConfigError([f"{node['_target_']}: {line}" for line in unknown])
-    return target(**{**{key: value for key, value in injected.items() if key in names}, **values})
-
-
-def _built(value: Any, trust: Sequence[str], injected: Mapping[str, Any]) -> Any:
-    return build(value, trust=trust, **injected) if isinstance(value, Mapping) and "_target_" in value else value
 
 
 def differences(old_text: str, new: RunConfig) -> list[str]:
@@ -203,7 +185,7 @@ def _check(composed: Composed, overrides: Sequence[str], problems: list[str]) ->
     trust = _trusted(job.get("trust"), overrides, problems)
     read = {key: _section(key, tree.get(key), key, problems) for key in SECTIONS}
     _check_views(tree.get("augment"), "augment", problems)
-    nodes = {key: _node(tree.get(key), key, home, problems, trust) for key, home in NODES.items()}
+    nodes = {key: _node(tree.get(key), key, problems, trust) for key in NODES}
     stages = _check_stages(composed, problems, trust)
     _check_places(job, read, problems)
     if problems:
@@ -239,16 +221,16 @@ def _section(key: str, values: Any, path: str, problems: list[str]) -> dict[str,
     return check_arguments(signature(SECTIONS[key]), values, path, problems)
 
 
-def _node(value: Any, path: str, home: str, problems: list[str], trust: Sequence[str]) -> dict[str, Any]:
+def _node(value: Any, path: str, problems: list[str], trust: Sequence[str]) -> dict[str, Any]:
     if path == "head" and "_target_" not in (value or {}):
         return {}  # the stages say whether one is missing there
+    group = path.rpartition(".")[2]
     if not isinstance(value, Mapping) or "_target_" not in value:
         keys = ", ".join(f"{path}.{key}" for key in value) if isinstance(value, Mapping) else f"{path}={show(value)}"
-        group = path.rpartition(".")[2]
         choice = path if path == group else f"{group}@{path}"
         problems.append(f"{keys}: no {group} is chosen there; choose one with {choice}=NAME ({_names(group)})")
         return {}
-    return check_node(value, path, problems, home=home, trust=trust)
+    return check_node(value, path, problems, section=group, trust=trust)
 
 
 def _names(group: str) -> str:
@@ -259,10 +241,14 @@ def _trusted(trust: Any, overrides: Sequence[str], problems: list[str]) -> list[
     """What the command line trusts. A file may not widen what it is allowed to build."""
     if not trust:
         return []
-    if not any(re.match(r"\+{0,2}trust=", word) for word in overrides):
+    if not _says_trust(overrides):
         problems.append(f"trust={show(trust)}: may only be given on the command line, not in a file")
         return []
     return trust
+
+
+def _says_trust(overrides: Sequence[str]) -> bool:
+    return any(re.match(r"\+{0,2}trust=", word) for word in overrides)
 
 
 def _check_stages(composed: Composed, problems: list[str], trust: Sequence[str]) -> dict[str, Stage]:
@@ -292,7 +278,7 @@ def _check_stage(
     if not merged["head"]:
         problems.append(f"{path} has no head; choose one with head=NAME ({_names('head')})")
     elif own.get("head"):
-        _node(merged["head"], f"{path}.head", NODES["head"], problems, trust)
+        _node(merged["head"], f"{path}.head", problems, trust)
     for key in ("optim", "trainer"):
         if own.get(key) is not None:
             _section(key, own[key], f"{path}.{key}", problems)
@@ -302,7 +288,7 @@ def _check_stage(
         return None
     quiet: list[str] = []  # the top-level sections report their own faults once, under their own names
     made = {key: _section(key, merged[key], f"{path}.{key}", quiet) for key in ("optim", "trainer")}
-    head = check_node(merged["head"], f"{path}.head", quiet, home=NODES["head"], trust=trust)
+    head = check_node(merged["head"], f"{path}.head", quiet, section="head", trust=trust)
     if quiet:
         return None
     optim, trainer = settings.OptimSettings(**made["optim"]), settings.TrainerSettings(**made["trainer"])

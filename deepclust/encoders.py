@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
-import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,12 @@ from deepclust.checkpoint import digest_state
 from deepclust.data.store import StoredBackbone
 from deepclust.data.views import ViewTransform
 from deepclust.errors import UserError
+from deepclust.own_code import Code, load_function, read_code, recorded_code, uninstalled
 from deepclust.precision import autocast, autocast_dtype
 
 RESIZING = "shorter side to `size`, antialiased bicubic; centre crop"
+MAX_SIDE = 8192
+"""Pixels of a side that a store may ask for."""
 LABEL_FREE = r"(dino|mae|fcmae|mim|lvd142m|lvd1689m|sat493m)(_|$)"
 LABELLED = r"(^|_)(in1k|in12k|in21k|in22k|inat21|jft)(_|$)"
 """How timm's tags of pretrainings without labels begin, and what those with labels hold, besides `ft`: fine-tuned."""
@@ -81,55 +82,76 @@ def precision_of(encoder: Encoder) -> str:
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def find_encoder(name: str, weights: str | None = None, size: int | None = None) -> Encoder:
+def find_encoder(name: str, weights: str | None = None, size: int | None = None, code: Code | None = None) -> Encoder:
     """The encoder that `--backbone NAME` means. size: side in pixels of what a network is fed; None for its own.
 
     name: a run folder or its model.safetensors; FILE.py:FUNCTION or MODULE:FUNCTION, a function without arguments that
-    gives a torch module; or a timm model. weights: a local file for the latter.
+    gives a torch module; or a timm model. weights: a local file for the latter. code: what FILE.py:FUNCTION runs, where
+    a store named it; None: the user did, and it is remembered for them.
     Raises UserError for what is none of these, NoWeights where weights cannot be had.
     """
     path = Path(name)
     is_ours = path.suffix == ".safetensors" or (path / "model.safetensors").is_file() or ("/" in name and path.is_dir())
     if name.endswith(".py"):
         raise UserError(f"--backbone {name}: give the function too, as in --backbone {name}:FUNCTION")
+    recorded = code is not None
     if not is_ours and ":" not in name:
         encoder = timm_encoder(name, weights, size)
     elif weights is not None:
         raise UserError(f"--weights {weights}: {name} has weights of its own; --weights goes with a timm model")
+    elif is_ours:
+        encoder, name = own_encoder(name, size), os.path.abspath(name)
     else:
-        encoder = own_encoder(name, size) if is_ours else module_encoder(name, size)
-    place, colon, function = name.rpartition(":")
-    if is_ours:
-        name = os.path.abspath(name)
-    elif place.endswith(".py"):
-        name = f"{os.path.abspath(place)}{colon}{function}"
-    code = {"code": hashlib.sha256(Path(place).read_bytes()).hexdigest()} if place.endswith(".py") else {}
-    made_by = {"name": name, "weights": weights and os.path.abspath(os.path.expanduser(weights)), "size": size, **code}
+        code = code or _named_code(name)
+        encoder = module_encoder(name, size, code)
+    made_by = {"name": name, "weights": weights and os.path.abspath(os.path.expanduser(weights)), "size": size}
+    if code is not None:
+        made_by |= {"name": code.name, "code": code.digest}
+        if not recorded:
+            code.remember()
     encoder.identity["made_by"] = made_by
     return encoder
 
 
-def rebuild(stored: StoredBackbone, name: str | None = None, weights: str | None = None) -> Encoder:
+def _named_code(name: str) -> Code | None:
+    """The code of FILE.py:FUNCTION, None for MODULE:FUNCTION."""
+    if not name.rpartition(":")[0].endswith(".py"):
+        return None
+    try:
+        return read_code(name)
+    except OSError as error:
+        raise UserError(f"--backbone {name}: {error}; expected FILE.py:FUNCTION or MODULE:FUNCTION") from error
+
+
+def rebuild(
+    stored: StoredBackbone,
+    name: str | None = None,
+    weights: str | None = None,
+    trust: Sequence[str] = (),
+) -> Encoder:
     """The encoder that made features which a store holds, ready for images that were not in it.
 
     stored: what the store knows of it. name, weights: where to find it now, as for `find_encoder`; by default where it
-    was then. Code is run without a word only if it is the file of then, unchanged.
-    Raises UserError where it cannot be had, or is another one: other weights or another way of feeding it.
+    was then. trust: each FILE.py whose code may run although the user never named it.
+    Raises UserError where it cannot be had, or is another one (other weights or another way of feeding it), NotTrusted
+    where the store names code that this user has not run by name.
     """
-    then: dict[str, Any] = stored.identity.get("made_by") or {}
-    asked = name or then.get("name") or str(stored.identity["model"])
-    place = asked.rpartition(":")[0]
-    if name is None and place:
-        known = then.get("code")
-        if not place.endswith(".py") or not Path(place).is_file():
-            raise UserError(f"--backbone {asked} made these features; give it again, if it is still to be trusted")
-        if hashlib.sha256(Path(place).read_bytes()).hexdigest() != known:
-            raise UserError(f"{place}, which made these features, was changed since; --backbone {asked} runs it as is")
-    size = then.get("size", stored.identity["preprocess"].get("size"))
-    encoder = find_encoder(asked, weights or (None if name else then.get("weights")), size)
+    made_by = stored.identity.get("made_by")
+    then: dict[str, Any] = made_by if isinstance(made_by, dict) else {}
+    asked = str(name or then.get("name") or stored.identity.get("model"))
+    code = recorded_code(asked, then.get("code"), trust) if name is None and ":" in asked else None
+    if weights is None and name is None and then.get("weights"):
+        weights = str(then["weights"])
+        if Path(weights).exists() and not Path(weights).is_file():
+            raise UserError(f"{weights}, which is to hold the weights of these features, is no file")
+    fed = stored.identity.get("preprocess")
+    size = then.get("size", fed.get("size") if isinstance(fed, dict) else None)
+    if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIDE):
+        raise UserError(f"the features are of images of {_short(size)} px, which cannot be")
+    encoder = find_encoder(asked, weights, size, code)
     for key, what in (("weights", "other weights (SHA-256)"), ("preprocess", "images fed in another way")):
-        if encoder.identity[key] != stored.identity[key]:
-            was, found = (_short(each[key]) for each in (stored.identity, encoder.identity))
+        if encoder.identity[key] != stored.identity.get(key):
+            found, was = (_short(each.get(key)) for each in (encoder.identity, stored.identity))
             raise UserError(f"{asked} has {what} than what made these features: {found} and not {was}")
     return encoder
 
@@ -165,12 +187,12 @@ def saw_labels(tag: str) -> bool | None:
     return True if re.search(LABELLED, tag) else None
 
 
-def module_encoder(name: str, size: int | None) -> Encoder:
+def module_encoder(name: str, size: int | None, code: Code | None = None) -> Encoder:
     """A module that a function of the user's gives; `preprocess` and `trained_with_labels` are read off it if there."""
     try:
-        net = load_function(name, "--backbone")()
+        net = load_function(name, "--backbone", code)()
     except ModuleNotFoundError as error:
-        raise UserError(_uninstalled(name, "--backbone", error)) from error
+        raise UserError(uninstalled(name, "--backbone", error)) from error
     if not isinstance(net, nn.Module):
         raise UserError(f"--backbone {name}: the function gives {type(net).__name__}; expected a torch module")
     preprocess = getattr(net, "preprocess", None) or Preprocess(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -219,26 +241,3 @@ def _of_backbone(model: str, backbone: Backbone, told: dict[str, Any]) -> Encode
 def weights_digest(net: nn.Module) -> str:
     """SHA-256 of a network's parameters and buffers, names included."""
     return digest_state({"model": dict(net.state_dict())})["model"]
-
-
-def load_function(name: str, option: str) -> Callable[[], Any]:
-    """The function that `FILE.py:FUNCTION` or `MODULE:FUNCTION` names; runs the file. UserError if there is none."""
-    place, _, attribute = name.rpartition(":")
-    try:
-        if not place.endswith(".py"):
-            return getattr(importlib.import_module(place), attribute)
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{place} cannot be loaded")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, attribute)
-    except ModuleNotFoundError as error:
-        raise UserError(_uninstalled(name, option, error)) from error
-    except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{option} {name}: {error}; expected FILE.py:FUNCTION or MODULE:FUNCTION") from error
-
-
-def _uninstalled(name: str, option: str, error: ModuleNotFoundError) -> str:
-    place = name.rpartition(":")[0]
-    return f"{option} {name}: {error}. Install the package that holds it (pip install ...); {place} may say which"

@@ -59,7 +59,7 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
             config = load([*self._words(), f"run.dir={quoted(str(folder))}"])
             if train(config, data):
                 raise KeyboardInterrupt("stopped; the same call with a run_dir goes on from there")
-            self.model_ = Clusterer.load(folder)
+            self.model_ = Clusterer.load(folder, trust=config.trust)
             self._read(folder)
         return self
 

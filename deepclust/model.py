@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from deepclust.data.view_ops import split_view
 from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
+from deepclust.model_file import check_size, check_spec, mismatch
+from deepclust.targets import BACKBONES
 
 if TYPE_CHECKING:
     from deepclust.data.views import ViewTransform
 
 FORMAT = 1
+UNTRAINED = {"pretrained": False, "weights": None}
+"""What a backbone is told that gets its weights from elsewhere."""
 
 
 class Network(nn.Module):
@@ -188,33 +192,58 @@ class Clusterer:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()) -> Clusterer:
-        """Reads what `save` wrote; a run folder stands for the model in it. Raises UserError if it is no such file."""
-        from safetensors import SafetensorError, safe_open
+        """Reads what `save` wrote; a run folder stands for the model in it.
 
+        A model runs no code but ours and that of the modules that `trust` names, and no word of it
+        is taken for a file to read or fetch. Raises UserError if it is no such file.
+        """
         path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+        spec, weights = _read(path)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                spec = json.loads((file.metadata() or {}).get("deepclust", "null"))
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a model: {str(error).splitlines()[0]}. Give a run folder or model.safetensors"
-            ) from None
-        if not isinstance(spec, dict) or spec.get("format", 0) > FORMAT:
-            raise UserError(f"{path} was not written by this version of deepclust; update deepclust, or train again")
-        if spec.pop("sha256", None) != _digest(spec, weights):
-            raise UserError(f"{path} was changed after it was written (SHA-256); copy it again, or train again")
-        network = build_network(spec["backbone"], spec["head"], spec, trust=trust)
-        missing, unexpected = network.load_state_dict(weights, strict=False)
-        missing = set(missing) - {f"head.{name}" for name in network.head.training_buffers}
-        if missing or unexpected:
-            raise UserError(
-                f"{path} does not fit its own description: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
-            )
+            backbone, head = check_spec(spec, trust)
+            make = partial(build_network, backbone, head, spec, trust=trust)
+            try:
+                check_size(make, weights)
+            except UserError:
+                raise
+            except Exception:
+                if not trust:  # code of one's own need not know how to be built without memory
+                    raise
+            network = make()
+            if fault := mismatch(network, weights):
+                raise UserError(fault)
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{path} cannot be loaded by its own description: {why}") from error
+        network.load_state_dict(weights, strict=False)
         return cls(network, spec, device)
 
 
-def _digest(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a model file. UserError unless it is as it was written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            spec = json.loads((file.metadata() or {}).get("deepclust", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        told = spec.pop("sha256", None) if isinstance(spec, dict) else None
+        digest = _digest(spec, weights)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a model: {why}. Give a run folder or model.safetensors") from None
+    version = spec.get("format") if isinstance(spec, dict) else None
+    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        advice = "update deepclust, or train again"
+        raise UserError(f"{path} was not written by this version of deepclust; {advice}")
+    if told != digest:
+        advice = "copy it again, or train again"
+        raise UserError(f"{path} was changed after it was written (SHA-256); {advice}")
+    del spec["format"]
+    return spec, weights
+
+
+def _digest(spec: Any, weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of a model file's content: a flipped bit of a weight would load silently."""
     from deepclust.checkpoint import digest_state
 
@@ -232,15 +261,17 @@ def build_network(
 ) -> Network:
     """Backbone and head from their `_target_` nodes. sizes: `channels`, `size`, `num_clusters`.
 
-    `pretrained=False` leaves out the fetching of pretrained weights: they are about to be overwritten.
+    `pretrained=False` fetches and reads no pretrained weights: they are about to be overwritten.
     """
     from deepclust.config import build
 
     node = dict(backbone)
-    if not pretrained and "pretrained" in node:
-        node.update(pretrained=False, weights=None)
-    body = build(node, trust=trust, in_channels=sizes["channels"], image_size=sizes["size"])
-    top = build(head, trust=trust, dim=body.num_features, num_clusters=sizes["num_clusters"], num_samples=num_samples)
+    if not pretrained and (node.get("_target_") in BACKBONES or "pretrained" in node):
+        node.update({key: value for key, value in UNTRAINED.items() if key in node})
+    shape = {"in_channels": sizes["channels"], "image_size": sizes["size"]}
+    body = build(node, section="backbone", trust=trust, **shape)
+    told = {"dim": body.num_features, "num_clusters": sizes["num_clusters"]}
+    top = build(head, section="head", trust=trust, num_samples=num_samples, **told)
     return Network(body, top)
 
 

@@ -58,11 +58,11 @@ def predict(asked: Asked, console: ConsoleLogger | None = None) -> int:
         parts: Parts | None = None
         try:
             with stop.interruptible():
-                model = open_model(asked.run, device_of(asked.device), list(asked.trust))
+                model = open_model(asked.run, device_of(asked.device), asked.trust)
                 source = open_source(asked.data, model, asked.backbone)
                 images = None
                 if source.root is not None:
-                    images = ImageModel(model, asked.backbone, asked.weights, asked.batch_size)
+                    images = ImageModel(model, asked.backbone, asked.weights, asked.batch_size, asked.trust)
                 parts = Parts(asked.out, len(source), _part_size(images))
                 _resume(parts, model, images, source, asked, console)
                 _compute(parts, model, images, source, asked, console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from deepclust.encoders import Encoder, precision_of, rebuild
 from deepclust.errors import UserError
 from deepclust.folder.run import FACTS, FolderRun
 from deepclust.model import Clusterer
+from deepclust.own_code import NotTrusted
 
 MODEL = "model.safetensors"
 SMALL_SIDE = 64
@@ -86,7 +88,7 @@ class RunModel:
         return Found(cluster.cpu().numpy(), confidence.float().cpu().numpy(), faults)
 
 
-def open_model(run: Path, device: torch.device, trust: tuple[str, ...] | list[str] = ()) -> RunModel:
+def open_model(run: Path, device: torch.device, trust: Sequence[str] = ()) -> RunModel:
     """The model of a run folder or of its model.safetensors. Raises UserError where it cannot be had."""
     clusterer = Clusterer.load(run, device, trust)
     file = run / MODEL if run.is_dir() else run
@@ -136,7 +138,14 @@ class ImageModel:
     as large as the others. facts: what results depend on besides the run's model. said: for people.
     """
 
-    def __init__(self, model: RunModel, backbone: str | None, weights: str | None, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        model: RunModel,
+        backbone: str | None,
+        weights: str | None,
+        batch_size: int | None,
+        trust: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.encoder: Encoder | None = None
         device = model.clusterer.device
@@ -151,7 +160,7 @@ class ImageModel:
             precision, usual = "float32", 256 if device.type == "cuda" or self.side <= SMALL_SIDE else 32
             self.said = f"a model of images of {self.side} px"
         else:
-            self.encoder = encoder = _encoder(model, backbone, weights)
+            self.encoder = encoder = _encoder(model, backbone, weights, trust)
             encoder.device = device
             self.side, self.channels = encoder.side, encoder.channels
             identity = model.stored.identity if model.stored else {}
@@ -173,7 +182,7 @@ class ImageModel:
             return self.model.of_rows(self.encoder(torch.from_numpy(pixels)).numpy().astype(self.dtype))
 
 
-def _encoder(model: RunModel, backbone: str | None, weights: str | None) -> Encoder:
+def _encoder(model: RunModel, backbone: str | None, weights: str | None, trust: Sequence[str]) -> Encoder:
     """What makes the features that a model of features wants; UserError with the fix where it cannot be had."""
     fix = "--backbone NAME or FILE.py:FUNCTION, with --weights FILE for a local file, says where it is"
     if model.stored is None and backbone is None:
@@ -185,7 +194,9 @@ def _encoder(model: RunModel, backbone: str | None, weights: str | None) -> Enco
 
             encoder = find_encoder(str(backbone), weights)
         else:
-            encoder = rebuild(stored, backbone, weights)
+            encoder = rebuild(stored, backbone, weights, trust)
+    except NotTrusted as error:
+        raise UserError(f"{model.run} needs the network that made its features. {error}") from error
     except UserError as error:
         raise UserError(f"{model.run} needs the network that made its features. {error}.\n{fix}") from error
     if encoder.num_features != model.num_features:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,9 +115,10 @@ def _backbone(store: FeatureStore, model: RunModel, asked: str | None) -> str:
     found.sort(key=lambda name: store.backbones[name].dtype != wanted.dtype)
     if not found:
         made_by = wanted.identity.get("made_by") or {"name": wanted.identity.get("model")}
+        words = [str(each) for each in (store.root, "--store", store.path, "--backbone", made_by["name"])]
         raise UserError(
             f"{store.path} holds features by {', '.join(store.backbones) or 'nothing yet'}; {model.run} wants those by "
-            f"{wanted.name}: deepclust features {store.root} --store {store.path} --backbone {made_by['name']}"
+            f"{wanted.name}: {shlex.join(['deepclust', 'features', *words])}"
         )
     return found[0]
 

@@ -88,7 +88,7 @@ def train(config: RunConfig, data: ImageData | None = None) -> int:
     if world.group is not None:
         die_with_parent()
     try:
-        data = data or build(config.data, trust=config.trust)
+        data = data or build(config.data, section="data", trust=config.trust)
         assert data is not None
         num_clusters = resume.number_of_clusters(config, data)
         with RunFolder.open(config.folder(), new=config.run.new or config.resume == "never", rank=world.rank) as folder:

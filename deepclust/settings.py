@@ -12,7 +12,7 @@ from deepclust.schema import Count, Decay, Fraction, Natural, NonNegative, Posit
 class JobSettings:
     """The keys at the top. num_clusters: None = the number of classes. resume: auto, never or a checkpoint's path.
 
-    trust: names of modules, besides our own and the libraries, that `_target_` may build from; command line only.
+    trust: names of modules of your own that `_target_` may build from; command line only.
     """
 
     seed: Annotated[int, Range(ge=0, le=2**32 - 1)] = 0

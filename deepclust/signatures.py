@@ -7,10 +7,8 @@ annotation becomes a kind (`deepclust.kinds`) that reads values.
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,17 +18,20 @@ from deepclust import schema
 from deepclust.errors import UserError
 from deepclust.kinds import Anything, Choice, Either, Flag, Items, Kind, Nothing, Number, Refused, Table, Text
 from deepclust.sources import TargetError, definitions, imports, near, parse, siblings, source
+from deepclust.targets import ANNOTATIONS, LAYERS, check_target, resolve
 
 INJECTED = ("dim", "num_clusters", "num_samples", "in_channels", "image_size", "group")
 """Names that the program fills in where a signature asks for them without a default."""
-OWN_HOMES = ("deepclust.heads", "deepclust.backbones", "deepclust.data")
-LIBRARY_HOMES = ("torch.nn", "torch.optim", "torchvision", "timm")
 
 
 @dataclass(frozen=True)
 class Node(Kind):
-    """A nested object: a mapping with its own `_target_`, checked against that signature."""
+    """A nested object: a mapping with its own `_target_`, checked against that signature.
 
+    section: what it may be, of `targets.SECTIONS`; with any other word, what the user trusts alone.
+    """
+
+    section: str = ""
     words = "a mapping with its own _target_"
 
 
@@ -170,7 +171,7 @@ def _named(name: str, path: Path) -> Kind:
         return Section(Signature(name, _parameters(found, path)))
     home = imports(path).get(name, "")
     file = source(home.rpartition(".")[0]) if home.startswith("deepclust.") else None
-    return _named(home.rpartition(".")[2], file) if file and file != path else Node()
+    return _named(home.rpartition(".")[2], file) if file and file != path else Node(ANNOTATIONS.get(name, ""))
 
 
 def _subscript(node: ast.Subscript, path: Path) -> Kind:
@@ -242,7 +243,8 @@ def check_arguments(
             problems.append(unknown_key(path, str(key), value, settable))
     for name, item in settable.items():
         if not item.optional and name not in values:
-            problems.append(f"{path}.{name} has no value; give {path}.{name}=VALUE")
+            where = f"{path}.{name}" if path else name
+            problems.append(f"{where} has no value; give {where}=VALUE")
     return read
 
 
@@ -255,8 +257,12 @@ def check_value(kind: Kind, value: Any, where: str, problems: list[str], trust: 
         kind = next((option for option in kind.options if isinstance(option, Node | Section)), kind)
     if isinstance(kind, Section) and isinstance(value, Mapping):
         return check_arguments(kind.signature, value, where, problems, trust)
-    if isinstance(value, Mapping) and (isinstance(kind, Node) or "_target_" in value):
-        return check_node(value, where, problems, trust=trust)
+    if isinstance(kind, Node) and isinstance(value, Mapping):
+        return check_node(value, where, problems, section=kind.section, trust=trust)
+    for inner, target in _targets(value):
+        what = f"{where}{inner}={show(target)}"
+        problems.append(f"{what}: no nested object belongs there; must be {kind.words}")
+        return None
     try:
         return kind.read(value)
     except Refused as refused:
@@ -265,66 +271,47 @@ def check_value(kind: Kind, value: Any, where: str, problems: list[str], trust: 
 
 
 def check_node(
-    node: Mapping[str, Any], path: str, problems: list[str], *, home: str | None = None, trust: Sequence[str] = ()
+    node: Mapping[str, Any],
+    path: str,
+    problems: list[str],
+    *,
+    section: str | None = None,
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A `_target_` node checked against the signature of its target, nested nodes included.
 
-    home: the package that the target of this section must come from, unless it is trusted by name.
+    section: what the target must be, `head`, `backbone` or `data`, unless it is trusted by name.
+    Nothing that the node names is imported.
     """
     target = node.get("_target_")
     try:
-        known = _allowed_signature(target, home, trust)
+        check_target(target, section, trust)
+        known = _library_signature(str(target)) if target in LAYERS else signature(str(target))
     except UserError as error:
-        problems.append(f"{path}._target_={show(target)}: {error}")
+        problems.append(f"{f'{path}.' if path else ''}_target_={show(target)}: {error}")
         return dict(node)
     return check_arguments(known, node, path, problems, trust, node=True)
 
 
-def _allowed_signature(target: Any, home: str | None, trust: Sequence[str]) -> Signature:
-    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
-        raise TargetError("must be a name such as deepclust.heads.simclr.SimCLR")
-    if within(target, trust) or within(target, [home] if home else OWN_HOMES):
-        return signature(target)
-    if home is None and within(target, LIBRARY_HOMES):
-        return _library_signature(target)
-    homes = [home] if home else [*OWN_HOMES, *LIBRARY_HOMES]
-    raise TargetError(
-        f"may not be built; allowed here: {', '.join(homes)}, and what you name in trust=[{target.split('.')[0]}]"
-    )
+def _targets(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Places and values of every `_target_` inside a value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key == "_target_":
+                yield f"{path}._target_", item
+            else:
+                yield from _targets(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _targets(item, f"{path}[{place}]")
 
 
 def _library_signature(target: str) -> Signature:
-    """The signature of a class or function of torch, torchvision or timm. This imports the library."""
+    """The signature of one of `LAYERS`. This imports torch."""
     arguments = inspect.signature(resolve(target)).parameters.values()
     empty = inspect.Parameter.empty
     named = [item for item in arguments if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
     return Signature(target, {item.name: Parameter(Anything(), item.default is not empty) for item in named})
-
-
-def resolve(target: str, trust: Sequence[str] = ()) -> Any:
-    """Imports the class or function `module.name`. Raises TargetError unless it may be built.
-
-    The name must be allowed before anything is imported, and what it turns out to be must be a class or function
-    written in an allowed package: a re-export of something else is refused.
-    """
-    homes = [*OWN_HOMES, *LIBRARY_HOMES, *trust]
-    if not within(target, homes):
-        advice = f"and what you trust ({target.split('.')[0]} is not; trust=[...], or --trust with predict)"
-        raise TargetError(f"{target} may not be built; allowed: {', '.join(homes)}, {advice}")
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise TargetError(f"{target} cannot be imported: {error}") from None
-    origin = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not within(origin, homes):
-        raise TargetError(f"{target} is {origin}, which may not be built; allowed: {', '.join(homes)}")
-    return found
-
-
-def within(name: str, homes: Iterable[str]) -> bool:
-    """Whether a dotted name is one of `homes` or lies below one."""
-    return any(name == home or name.startswith(home + ".") for home in homes)
 
 
 def unknown_key(path: str, key: str, value: Any, valid: Iterable[str]) -> str:

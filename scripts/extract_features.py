@@ -25,7 +25,7 @@ from deepclust.config import build, load
 from deepclust.data.bank import collect
 from deepclust.data.image_set import ImageData, ImageSet
 from deepclust.data.views import ViewTransform
-from deepclust.encoders import load_function
+from deepclust.own_code import load_function
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

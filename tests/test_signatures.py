@@ -1,4 +1,4 @@
-"""Signatures as schemas: which values are taken, and that nothing but our methods and the libraries can be built."""
+"""Signatures as schemas: which values are taken, and that nothing but what is listed can be built."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from deepclust.errors import UserError
 FORMAT = 1
 MANIFEST = "store.sqlite"
 PERCEPTUAL = "phash"
+DTYPES = ("float16", "float32")
 BLOCK = 256
 """Rows that are hashed and sealed together."""
 HEADER = 128
@@ -73,7 +76,7 @@ class FeatureStore:
         self._read_images()
         self.backbones: dict[str, StoredBackbone] = {}
         for name, dim, dtype, identity in db.execute("SELECT name, dim, dtype, identity FROM backbones ORDER BY place"):
-            self.backbones[name] = StoredBackbone(name, dim, dtype, json.loads(identity))
+            self.backbones[name] = _checked(StoredBackbone(name, dim, dtype, json.loads(identity)))
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
@@ -187,7 +190,8 @@ class FeatureStore:
     @property
     def command(self) -> str:
         """What completes this store, in words."""
-        return f"deepclust features {self.root} --store {self.path} with the same --backbone"
+        root, path = shlex.quote(str(self.root)), shlex.quote(str(self.path))
+        return f"deepclust features {root} --store {path} with the same --backbone"
 
     def _read_images(self) -> None:
         """Columns of the table of images, and the seals."""
@@ -208,6 +212,17 @@ class FeatureStore:
         self._blocks: dict[str, dict[int, tuple[int, str, int]]] = {}
         for name, *seal in self._db.execute("SELECT backbone, block, rows, sha256, computed_at FROM blocks"):
             self._blocks.setdefault(name, {})[seal[0]] = (seal[1], seal[2], seal[3])
+
+
+def _checked(backbone: StoredBackbone) -> StoredBackbone:
+    """The same. ValueError unless its file is in the store and holds numbers: objects are unsafe."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", backbone.name):
+        raise ValueError(f"{backbone.name!r} is no name of a backbone")
+    if backbone.dtype not in DTYPES or type(backbone.dim) is not int or backbone.dim < 1:
+        raise ValueError(f"{backbone.name} has {backbone.dim!r} features of {backbone.dtype!r}")
+    if not isinstance(backbone.identity, dict):
+        raise ValueError(f"{backbone.name} does not say what it is")
+    return backbone
 
 
 def connect(file: Path, mode: str) -> sqlite3.Connection:

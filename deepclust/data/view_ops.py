@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deepclust.errors import UserError
-from deepclust.signatures import check_arguments, definitions, resolve, signature, source, unknown_key
+from deepclust.signatures import check_arguments, definitions, signature, source, unknown_key
+from deepclust.targets import load_name
 
 if TYPE_CHECKING:
     from deepclust.data.view_base import Op
@@ -115,7 +116,7 @@ def make_ops(description: Any, where: str = "ops") -> list[Op]:
     ops = []
     for place, (target, arguments) in enumerate([] if problems else found):
         try:
-            ops.append(resolve(target)(**arguments))
+            ops.append(load_name(target)(**arguments))
         except ValueError as error:
             problems.append(f"{where}[{place}].{error}")
     if problems:

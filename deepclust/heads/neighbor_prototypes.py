@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer, watched
+from deepclust.heads.layers import ClusterLayer, drawn_seed, watched
 from deepclust.heads.swav import swapped_prediction_loss
 from deepclust.ops import sinkhorn
 from deepclust.ops.agreement import neighbor_agreement
@@ -63,7 +63,7 @@ class NeighborPrototypes(Head):
         self.init: list[Start] = [init] if isinstance(init, str) else list(init)
         self.wants_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
-        self.start = int(torch.randint(2**31, ()))  # of the clusterings it may begin with; the same on all ranks
+        self.start = drawn_seed()  # of the clusterings it may begin with; the same on all ranks
         self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors))
         self.register_buffer("shares", torch.full((num_heads, num_clusters), 1 / num_clusters))
 
