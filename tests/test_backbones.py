@@ -121,7 +121,7 @@ def test_a_moco_checkpoint_loads_whole_and_says_so(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(backbone(images), net(images))
     wanted = len([key for key in state if "num_batches" not in key])
-    assert f"{wanted} of {wanted} tensors found under module.encoder_q." in backbone.note
+    assert f"{wanted} of {wanted} tensors found under state_dict/module.encoder_q." in backbone.note
     assert "left out: fc.0.bias fc.0.weight fc.2.bias fc.2.weight" in backbone.note
     with torch.no_grad():
         assert timm_backbone(1, name="resnet18", weights=str(path))(images[:, :1]).shape == (2, 512)
