@@ -169,12 +169,14 @@ def classic_net(
     name: Literal["alexnet", "vgg16"] = "vgg16",
     sobel: bool = True,
     width: Count = 4096,
+    relu: bool = False,
     freeze: list[str] | None = None,
 ) -> Backbone:
     """AlexNet or VGG-16 with batch norm, as in DeepCluster: features end in the second linear layer, before its ReLU.
 
-    width: outputs of both linear layers, D. Convolutions begin as N(0, 2 / (kernel area * outputs)), linear layers as
-    N(0, 0.01^2). Made for 224 pixels; maps of other sizes are pooled to as many positions.
+    width: outputs of both linear layers, D. relu: whether features end after that ReLU, as in SeLa. Convolutions begin
+    as N(0, 2 / (kernel area * outputs)), linear layers as N(0, 0.01^2). Made for 224 pixels; maps of other sizes are
+    pooled to as many positions.
     """
     layers: list[nn.Module] = []
     channels = 2 if sobel else in_channels
@@ -187,7 +189,8 @@ def classic_net(
     side = 6 if name == "alexnet" else 7
     dropout = [nn.Dropout(0.5)] if name == "alexnet" else []
     hidden = [nn.Linear(channels * side**2, width), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(width, width)]
-    top = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), *dropout, *hidden)
+    last = [nn.ReLU(inplace=True)] if relu else []
+    top = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), *dropout, *hidden, *last)
     for layer in (*layers, *top):
         if isinstance(layer, nn.Conv2d | nn.Linear):
             area = layer.weight[0, 0].numel() * layer.out_channels if isinstance(layer, nn.Conv2d) else 0

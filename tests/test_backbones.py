@@ -170,6 +170,16 @@ def test_classic_nets_are_torchvisions_up_to_their_top(name):
     assert small.eval()(torch.randn(2, 3, 96, 96)).shape == (2, 16)
 
 
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_classic_nets_may_end_after_their_last_relu(name):
+    found = []
+    for relu in (False, True):
+        torch.manual_seed(0)
+        net = classic_net(3, name=name, width=16, relu=relu).eval()
+        found.append(net(torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))))
+    assert (found[0] < 0).any() and torch.equal(found[1], found[0].relu())
+
+
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
     from contextlib import nullcontext
