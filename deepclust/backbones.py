@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from deepclust.errors import UserError
 from deepclust.schema import Count
+from deepclust.weights import load_from_file, missing_in, watched_loading
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,14 @@ def classic_net(
     name: Literal["alexnet", "vgg16"] = "vgg16",
     sobel: bool = True,
     width: Count = 4096,
+    relu: bool = False,
     freeze: list[str] | None = None,
 ) -> Backbone:
     """AlexNet or VGG-16 with batch norm, as in DeepCluster: features end in the second linear layer, before its ReLU.
 
-    width: outputs of both linear layers, D. Convolutions begin as N(0, 2 / (kernel area * outputs)), linear layers as
-    N(0, 0.01^2). Made for 224 pixels; maps of other sizes are pooled to as many positions.
+    width: outputs of both linear layers, D. relu: whether features end after that ReLU, as in SeLa. Convolutions begin
+    as N(0, 2 / (kernel area * outputs)), linear layers as N(0, 0.01^2). Made for 224 pixels; maps of other sizes are
+    pooled to as many positions.
     """
     layers: list[nn.Module] = []
     channels = 2 if sobel else in_channels
@@ -185,7 +189,8 @@ def classic_net(
     side = 6 if name == "alexnet" else 7
     dropout = [nn.Dropout(0.5)] if name == "alexnet" else []
     hidden = [nn.Linear(channels * side**2, width), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(width, width)]
-    top = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), *dropout, *hidden)
+    last = [nn.ReLU(inplace=True)] if relu else []
+    top = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), *dropout, *hidden, *last)
     for layer in (*layers, *top):
         if isinstance(layer, nn.Conv2d | nn.Linear):
             area = layer.weight[0, 0].numel() * layer.out_channels if isinstance(layer, nn.Conv2d) else 0
@@ -207,8 +212,7 @@ def timm_backbone(
 ) -> Backbone:
     """Any timm model by name, its pooled features; with its own normalisation and input size where it is pretrained.
 
-    weights: a local file (.safetensors, or .pth read with `weights_only=True`). The network may be a part of what the
-    file holds, as MoCo's `module.encoder_q.`: then all of it must be there, and nothing else but a projection head.
+    weights: a local file, see `deepclust.weights.load_from_file`: all of the network comes from it, or it is refused.
     Raises UserError for an unknown name, with the nearest ones, and for weights that cannot be had or do not fit.
     """
     import difflib
@@ -222,26 +226,11 @@ def timm_backbone(
             f"backbone.name={name}: timm has no such model; nearest: {', '.join(near) or 'none'}; "
             "timm.list_models() names them all"
         )
-    overlay: dict[str, Any] | None = {"file": weights} if weights else None
-    note = ""
-    try:
-        if weights:
-            part, note = _part_of(weights, timm.create_model(name, num_classes=0))
-            overlay = overlay if part is None else {"state_dict": part}
-        with _hub() if pretrained and not weights else nullcontext():
-            net = timm.create_model(
-                name,
-                pretrained=pretrained or weights is not None,
-                in_chans=2 if sobel else in_channels,
-                num_classes=0,
-                pretrained_cfg_overlay=overlay,
-            )
-    except UserError:
-        raise
-    except Exception as error:
-        source = f"backbone.weights={weights}" if weights else f"the weights of backbone.name={name}"
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source} could not be loaded ({line}); give a local file as backbone.weights=PATH") from error
+    create = partial(timm.create_model, name, in_chans=2 if sobel else in_channels, num_classes=0)
+    if weights:
+        net, note = load_from_file(weights, name, create)
+    else:
+        net, note = _from_hub(name, create) if pretrained else (create(), "")
     config = resolve_model_data_config(net)
     own = pretrained or weights is not None
     mean, std = (tuple(config[key]) for key in ("mean", "std"))
@@ -251,6 +240,26 @@ def timm_backbone(
     preprocess = Preprocess(size, mean, std) if own or size else None
     num_features: Any = net.num_features
     return _frozen(Backbone(net, num_features, preprocess, note, sobel=sobel), freeze)
+
+
+def _from_hub(name: str, create: Callable[..., nn.Module]) -> tuple[nn.Module, str]:
+    """The network with timm's own weights, and what they lack, if anything. UserError where they cannot be had."""
+    lacking: list[str] = []
+
+    def look(net: nn.Module, state: Mapping[str, Any]) -> None:
+        lacking[:] = missing_in(net, state)
+
+    try:
+        with _hub(), watched_loading(look):
+            net = create(pretrained=True)
+    except Exception as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the weights of backbone.name={name} could not be loaded ({line}); give a local file as "
+            "backbone.weights=PATH"
+        ) from error
+    note = f"timm's weights of {name} lack {', '.join(lacking)}, which stay as they were drawn" if lacking else ""
+    return net, note
 
 
 @contextmanager
@@ -271,58 +280,6 @@ def _hub() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-PROJECTION = (
-    "fc",
-    "head",
-    "classifier",
-    "projector",
-    "projection",
-    "contrastive_head",
-    "mlp",
-    "predictor",
-    "prototypes",
-)
-"""What the layers on top of a backbone are called in published checkpoints."""
-
-
-def _part_of(weights: str, net: nn.Module) -> tuple[dict[str, Tensor] | None, str]:
-    """The network's tensors where a checkpoint file has them below a prefix, and a line that says so; else None, "".
-
-    Raises UserError unless the network is there as a whole, with nothing beside it but layers that `PROJECTION` names.
-    """
-    state = _read_state(weights)
-    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    first = next(iter(wanted))
-    prefixes = dict.fromkeys(key.removesuffix(first) for key in state if key.endswith(first))
-    if not prefixes or "" in prefixes:
-        return None, ""
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted))
-    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    missing = [key for key in wanted if key not in part]
-    others = [key for key in part if key not in net.state_dict()]
-    strange = [key for key in others if key.split(".")[0] not in PROJECTION]
-    loaded = f"backbone.weights={weights}: {len(wanted) - len(missing)} of {len(wanted)} tensors found under {prefix}"
-    if missing or strange:
-        faults = [f"missing: {', '.join(missing[:3])}"] if missing else []
-        faults += [f"not of this network: {', '.join(strange[:3])}"] if strange else []
-        raise UserError(f"{loaded}; {'; '.join(faults)}. Choose the backbone.name that these weights were trained with")
-    note = " ".join([loaded + ("; left out:" if others else ""), *sorted(others)])
-    return {key: value for key, value in part.items() if key not in others}, note
-
-
-def _read_state(weights: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file by name, taken out of `state_dict` or the like."""
-    if weights.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(weights)
-    state: Any = torch.load(weights, map_location="cpu", weights_only=True)
-    for name in ("state_dict", "model", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    return {str(key): value for key, value in dict(state).items() if isinstance(value, Tensor)}
 
 
 def _frozen(backbone: Backbone, prefixes: list[str] | None) -> Backbone:

@@ -165,7 +165,8 @@ def timm_encoder(name: str, weights: str | None, size: int | None) -> Encoder:
     try:
         backbone = timm_backbone(3, name=name, pretrained=weights is None, weights=weights, image_size=size)
     except UserError as error:
-        text = str(error).replace("backbone.name=", "--backbone ").replace("backbone.weights=", "--weights ")
+        text = str(error).replace("backbone.name=", "--backbone ").replace("backbone.name", "--backbone NAME")
+        text = text.replace("backbone.weights=", "--weights ")
         if "could not be loaded" in text and weights is None:
             why = text.partition("(")[2].rpartition(")")[0] or text
             raise NoWeights(f"pretrained weights of {name} cannot be had here: {why}") from error
@@ -175,6 +176,7 @@ def timm_encoder(name: str, weights: str | None, size: int | None) -> Encoder:
     if not weights:
         tag = str(config.get("tag", ""))
         told = {"trained_with_labels": saw_labels(tag), "source": str(config.get("hf_hub_id") or config.get("url"))}
+    backbone.note = backbone.note.replace("backbone.weights=", "--weights ")
     return _of_backbone(name, backbone, told)
 
 

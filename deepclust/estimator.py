@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> DeepClusterer:
-        """Trains on X: a folder of images, a list of paths, an `ImageData`, or an array or tensor (see `Clusterer`).
+        """Trains on X: a folder of images, paths, Pillow images, an `ImageData`, or an array (see `Clusterer`).
 
         y is ignored. Raises UserError for bad settings or images.
         """
@@ -102,16 +102,19 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
 
 
 def as_data(X: Any) -> Any:
-    """`ImageData` of a folder, a list of paths, an array or tensor, or itself."""
+    """`ImageData` of what `DeepClusterer.fit` takes, or itself. Raises UserError for anything else."""
     from deepclust.data import datasets
+    from deepclust.data.given import gathered
 
     if isinstance(X, datasets.ImageData):
         return X
     if isinstance(X, str | Path):
         return datasets.image_folder(str(X))
-    if isinstance(X, Sequence) and X and isinstance(X[0], str | Path):
-        return datasets.from_paths([str(path) for path in X])
-    return datasets.from_arrays(np.asarray(X) if isinstance(X, Sequence) else X)
+    given = gathered(X)
+    if not isinstance(given, list):
+        return datasets.from_arrays(given)
+    pictures = [each for each in given if not isinstance(each, str)]
+    return datasets.from_pictures(pictures) if pictures else datasets.from_paths([str(path) for path in given])
 
 
 def _text(value: Any) -> str:

@@ -21,6 +21,8 @@ from deepclust.model_file import check_size, check_spec, mismatch
 from deepclust.targets import BACKBONES
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from deepclust.data.views import ViewTransform
 
 FORMAT = 1
@@ -99,8 +101,9 @@ class Clusterer:
     `num_clusters` (what their constructors are told), `clean` (a view's operations), `image_size` (of the pixels it is
     given), `view_size`, `mean` and `std` (of the view).
 
-    Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C, H, W); as a path to
-    an image or a folder; as a list of paths; or as an `ImageSet`. A model of features takes float rows (N, D).
+    Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C, H, W), one of them
+    as (H, W, 3); as a path to an image or a folder; as a Pillow image; as a list, array or generator of paths, Pillow
+    images or arrays of one shape; or as an `ImageSet`. A model of features takes float rows (N, D).
     """
 
     def __init__(self, network: Network, spec: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
@@ -151,31 +154,37 @@ class Clusterer:
         """(b, C, H, W) uint8 with this model's number of channels."""
         from deepclust.data.arrays import as_images
         from deepclust.data.features import as_features
+        from deepclust.data.given import gathered
         from deepclust.data.image_set import ImageSet
 
         if isinstance(images, ImageSet):
             for start in range(0, len(images), batch_size):
                 yield torch.stack([images.read(row) for row in range(start, min(start + batch_size, len(images)))])
-        elif getattr(images, "ndim", 0) == 2 and list(self.spec["image_size"]) == [1, 1]:
-            rows, wanted = as_features(images, least=1), self.spec["channels"]
+            return
+        given = image_paths(images) if isinstance(images, str | Path) else gathered(images)
+        if isinstance(given, list):
+            for start in range(0, len(given), batch_size):
+                yield torch.stack([self.read(each) for each in given[start : start + batch_size]])
+        elif given.ndim == 2 and list(self.spec["image_size"]) == [1, 1]:
+            rows, wanted = as_features(given, least=1), self.spec["channels"]
             if rows.shape[1] != wanted:
                 raise UserError(f"features have {rows.shape[1]} columns; this model was trained on {wanted}")
             yield from rows.split(batch_size)
-        elif isinstance(images, str | Path) or (
-            isinstance(images, Sequence) and isinstance(next(iter(images), None), str | Path)
-        ):
-            paths = image_paths(images)
-            for start in range(0, len(paths), batch_size):
-                yield torch.stack([self.read(path) for path in paths[start : start + batch_size]])
         else:
-            pixels = as_images(np.asarray(images) if isinstance(images, Sequence) else images, least=1)
+            pixels = as_images(given, 1, self.spec["channels"])
             yield from with_channels(pixels, self.spec["channels"]).split(batch_size)
 
-    def read(self, path: str | Path) -> Tensor:
-        """(C, H, W) uint8 of an image file, sized for this model; raises UnreadableImage naming the file."""
-        from deepclust.data.images import decode
+    def read(self, image: str | Path | Image.Image) -> Tensor:
+        """(C, H, W) uint8 of an image file or a Pillow image, sized for this model.
 
-        return torch.from_numpy(decode(path, max(self.spec["image_size"]), self.spec["channels"]))
+        Raises UnreadableImage, which names the file.
+        """
+        from deepclust.data.images import decode, decode_picture
+
+        side, channels = max(self.spec["image_size"]), self.spec["channels"]
+        if isinstance(image, str | Path):
+            return torch.from_numpy(decode(image, side, channels))
+        return torch.from_numpy(decode_picture(image, side, channels))
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file: weights, and the spec as its metadata."""

@@ -121,7 +121,7 @@ def test_a_moco_checkpoint_loads_whole_and_says_so(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(backbone(images), net(images))
     wanted = len([key for key in state if "num_batches" not in key])
-    assert f"{wanted} of {wanted} tensors found under module.encoder_q." in backbone.note
+    assert f"{wanted} of {wanted} tensors found under state_dict/module.encoder_q." in backbone.note
     assert "left out: fc.0.bias fc.0.weight fc.2.bias fc.2.weight" in backbone.note
     with torch.no_grad():
         assert timm_backbone(1, name="resnet18", weights=str(path))(images[:, :1]).shape == (2, 512)
@@ -168,6 +168,16 @@ def test_classic_nets_are_torchvisions_up_to_their_top(name):
         assert own == [tuple(p.shape) for p in theirs.parameters() if p.ndim > 1][:-1]
     small = classic_net(3, name=name, width=16)
     assert small.eval()(torch.randn(2, 3, 96, 96)).shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_classic_nets_may_end_after_their_last_relu(name):
+    found = []
+    for relu in (False, True):
+        torch.manual_seed(0)
+        net = classic_net(3, name=name, width=16, relu=relu).eval()
+        found.append(net(torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))))
+    assert (found[0] < 0).any() and torch.equal(found[1], found[0].relu())
 
 
 @pytest.mark.parametrize("reached", [True, False])

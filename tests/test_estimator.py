@@ -108,6 +108,26 @@ def test_a_folder_a_list_of_paths_and_an_array_of_colour(folder):
     np.testing.assert_array_equal(fits["folder"].labels_, fits["paths"].labels_)
 
 
+def test_one_picture_is_one_cluster_whoever_holds_it(folder):
+    """A single (H, W, 3) array came back as H clusters; a Pillow image ended in an AttributeError."""
+    model = make().fit(str(folder))
+    path = str(folder / "03.png")
+    expected = model.predict_proba([path])
+    side = model.model_.spec["image_size"][0]
+    array = np.asarray(Image.open(path).resize((side, side), Image.Resampling.BICUBIC))
+    given = [array, list(array[None]), Image.open(path), [Image.open(path)], path, np.array([path]), iter([path])]
+    for one in given:
+        np.testing.assert_allclose(model.predict_proba(one), expected, atol=1e-5)
+        assert model.predict(path).shape == (1,)
+    for one, words in (
+        (array[..., 0], r"images\[None\]"),
+        (array.transpose(2, 0, 1), "cannot be told"),
+        ({path}, "a set"),
+    ):
+        with pytest.raises(UserError, match=words):
+            model.predict(one)
+
+
 def test_it_has_the_habits_of_scikit_learn(grey):
     model = make(random_state=3, overrides={"stages.selflabel.trainer.ema": None, "eval.baselines": ["kmeans"]})
     assert clone(model).get_params() == model.get_params()

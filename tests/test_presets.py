@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
+from deepclust.compose import conf_folder
 from deepclust.config import ConfigError, load, options
+from deepclust.data.view_ops import split_view
 
 
 @pytest.mark.parametrize("name", [name for name, _ in options("experiment") if name.startswith("scan_")])
@@ -40,3 +45,83 @@ def test_presets_of_scan_are_the_papers(name, tmp_path):
             pretext.optim.schedule_per == "epoch" and pretext.head["one_sided"] and scan.head["mine_on"] == "embedding"
         )
         assert pretext.trainer.extra_images == config.data.get("extra", False) == (name == "scan_stl10")
+
+
+def stage(name: str) -> Any:
+    """The only stage of a preset."""
+    (found,) = load([f"experiment={name}"]).stages.values()
+    return found
+
+
+def view_of(stage: Any, name: str) -> dict[str, Any]:
+    """Operations of a view by name, with their parameters."""
+    description = stage.augment["views"][name]
+    return {key: value for op in split_view(description, (32, 32))[0] for key, value in op.items()}
+
+
+def comment(name: str) -> str:
+    """What a preset says of itself, in one line."""
+    text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
+    lines = [line[2:] for line in text.partition("defaults:")[0].splitlines() if line.startswith("# ")]
+    return " ".join(lines)
+
+
+@pytest.mark.parametrize("name", ["sela_cifar10", "sela_cifar100"])
+def test_sela_on_cifar_is_the_references_script(name: str) -> None:
+    """Asano et al. 2020, cifar.py: a tenth of the rate at 240 and at 320 of 400; heads see the last ReLU's output."""
+    found, backbone = stage(name), load([f"experiment={name}"]).backbone
+    assert found.optim.milestones == [240, 320] and found.optim.milestone_factor == 0.1
+    assert (found.optim.lr, found.optim.momentum, found.optim.weight_decay) == (0.03, 0.9, 5e-4)
+    assert (found.trainer.epochs, found.trainer.batch_size) == (400, 128)
+    assert view_of(found, "simclr")["random_resized_crop"]["scale"] == [0.2, 1.0]
+    assert (backbone["name"], backbone["sobel"], backbone["relu"]) == ("alexnet", False, True)
+
+
+def test_deepcluster_with_resnet_50_has_the_views_of_openselfsup() -> None:
+    weak = view_of(stage("deepcluster_resnet50_imagenet"), "weak")
+    assert list(weak) == ["random_resized_crop", "horizontal_flip", "rotate", "color_jitter", "grayscale"]
+    assert weak["rotate"] == {"degrees": 2} and weak["grayscale"] == {"p": 0.2}
+    jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 1.0, "hue": 0.5, "p": 1.0}
+    assert weak["color_jitter"] == jitter == view_of(stage("odc_imagenet"), "weak")["color_jitter"]
+
+
+@pytest.mark.parametrize("name", [name for name, _ in options("experiment") if name.startswith("cdc_")])
+def test_cdc_has_the_references_pretext_and_start(name: str) -> None:
+    """Jia et al. 2025: MoCo v2+ of solo-learn (no batch norm, two queues), k-means of 10 restarts of 300 iterations."""
+    stages = load([f"experiment={name}"]).stages
+    pretext, head = stages["pretext"].head, stages["calibration"].head
+    assert pretext["batch_norm"] is False and pretext["separate_queues"] and pretext["symmetric"]
+    assert (pretext["queue_size"], pretext["hidden_dim"], pretext["embedding_dim"]) == (32768, 4096, 256)
+    assert (head["start_restarts"], head["start_iterations"]) == (10, 300)
+    assert (head["restarts"], head["iterations"], head["warm_start"]) == (10, 300, False)
+    text = (conf_folder() / "recipe" / "cdc.yaml").read_text()
+    assert "instead of rising to 0.999" in text and "share batch statistics" in text
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("method", ["swav", "deepcluster_v2"])
+def test_swav_and_deepcluster_v2_on_cifar_have_no_blur(method: str, data: str) -> None:
+    """solo-learn's scripts of the time: `gaussian_prob 0.0 0.0`, jitter 0.8, 0.8, 0.8, 0.2."""
+    views = view_of(stage(f"{method}_{data}"), "global")
+    assert "gaussian_blur" not in views and views["grayscale"] == {"p": 0.2}
+    assert views["color_jitter"] == {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "p": 0.8}
+    assert "share batch statistics" in comment(f"{method}_{data}")
+
+
+@pytest.mark.parametrize("name", ["p2ot_cifar100_lt", "p2ot_imagenet_r", "p2ot_inature100", "p2ot_inature1000"])
+def test_p2ot_enlarges_by_bicubic_interpolation(name: str) -> None:
+    """Zhang et al. 2024: Resize(256, bicubic), then a crop of 224, random for training."""
+    found = stage(name)
+    for view, crop in (("weak", "random_crop"), ("clean", "center_crop")):
+        ops = view_of(found, view)
+        assert round(224 * ops["resize"]["ratio"]) == 256 and ops["resize"]["interpolation"] == "bicubic"
+        assert crop in ops
+    assert "the last epoch counts" in comment("p2ot_cifar100_lt")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in options("experiment") if "imagenet" in name])
+def test_presets_for_imagenet_say_that_views_start_from_a_central_square(name: str) -> None:
+    text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
+    base = re.search(r"^  - (\w*imagenet\w*)$", text, re.MULTILINE)
+    said = comment(base[1] if base else name)
+    assert "central square" in said or "tiny" in name

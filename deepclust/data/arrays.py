@@ -38,22 +38,57 @@ def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False
     raise UserError(f"{key}={file}: holds {', '.join(content.files)}; expected an array called {' or '.join(names)}.")
 
 
-def as_images(images: np.ndarray | Tensor, least: int = 2) -> Tensor:
+LAYOUTS = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; one image may be (H, W, 3) or (H, W, 1)"
+
+
+def as_images(images: np.ndarray | Tensor, least: int = 2, channels: int | None = None) -> Tensor:
     """(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3 and N >= least, to (N, C, H, W) uint8.
 
+    (H, W, 3) and (H, W, 1) are one image: grey images that are 3 or 1 pixels wide have to be given as (N, H, W, 1).
+    (3, H, W) are three grey images; where `channels`, of what they are for, is 3 it could as well be one image, and is
+    refused. So are (H, W), which could be rows of features, and (H, W, 4), with an alpha channel.
     Integers must lie in 0..255; floats in [0, 1] and booleans are multiplied by 255 and rounded.
+    Raises UserError for other shapes, types and ranges, and for what is not finite.
     """
-    values = _as_numpy(images)
+    values = _with_four_axes(_as_numpy(images), channels)
     shape = values.shape
-    if values.ndim == 3:
-        values = values[:, None]
-    elif values.ndim != 4 or (shape[1] not in (1, 3) and shape[3] not in (1, 3)):
-        raise UserError(f"images: shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3.")
-    elif shape[1] not in (1, 3):
+    if shape[1] not in (1, 3):
         values = values.transpose(0, 3, 1, 2)
     if 0 in shape[1:] or len(values) < least:
-        raise UserError(f"images: shape {shape}; at least {least} image(s) of at least one pixel are needed.")
+        given = "" if images.ndim == 4 else f", taken as {shape}"
+        raise UserError(
+            f"images: shape {tuple(images.shape)}{given}; at least {least} image(s) of at least one pixel are needed."
+        )
     return torch.from_numpy(np.array(_eight_bit(values), order="C"))
+
+
+def _with_four_axes(values: np.ndarray, channels: int | None) -> np.ndarray:
+    """(N, H, W, C) or (N, C, H, W), where it is clear which of the axes are there. Raises UserError."""
+    shape = values.shape
+    text = "images: shape " + str(tuple(shape))
+    if values.ndim == 2:
+        raise UserError(
+            f"{text}: one grey image is images[None], and rows of pixels are images.reshape(N, H, W). "
+            f"Expected {LAYOUTS}."
+        )
+    if values.ndim == 3 and shape[2] == 4 and shape[1] != 4:
+        raise UserError(
+            f"{text}: one image with an alpha channel is images[..., :3]; grey images 4 pixels wide are "
+            f"images[..., None]. Expected {LAYOUTS}."
+        )
+    if values.ndim == 3 and shape[2] == 3 == shape[1]:
+        raise UserError(f"{text}: one colour image is images[None], grey images are images[..., None].")
+    if values.ndim == 3 and shape[0] == 3 and channels == 3 and shape[2] != 3:
+        raise UserError(
+            f"{text}: one colour image is images[None], and three grey images are images[:, None]; which of them it is "
+            "cannot be told."
+        )
+    if values.ndim == 3:
+        return values[None] if shape[2] in (1, 3) and shape[1] > 1 else values[:, None]
+    if values.ndim != 4 or (shape[1] not in (1, 3) and shape[3] not in (1, 3)):
+        alpha = " An alpha channel is left out by images[..., :3]." if values.ndim == 4 and shape[3] == 4 else ""
+        raise UserError(f"{text}; expected {LAYOUTS}.{alpha}")
+    return values
 
 
 def _as_numpy(images: np.ndarray | Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from deepclust.data.arrays import as_images, as_labels, load_array
@@ -26,6 +27,7 @@ from deepclust.data.benchmarks import (
 )
 from deepclust.data.folders import NO_SPLIT, Listing, by_protocol, list_file, list_folder, load_files, read_structure
 from deepclust.data.image_set import ImageData, ImageSet, Skipped, as_classes, set_of_arrays
+from deepclust.data.images import decode_picture
 from deepclust.errors import UserError
 from deepclust.schema import Count, Imbalance, Natural
 
@@ -40,6 +42,7 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "from_arrays",
+    "from_pictures",
     "image_folder",
     "image_list",
     "stl10",
@@ -248,6 +251,20 @@ def from_arrays(
     classes, class_names = (None, []) if labels is None else as_classes(as_labels(labels, len(pixels)))
     everything = set_of_arrays(name, pixels, [NO_SPLIT] * len(pixels), classes, class_names)
     return by_protocol(name, everything, "transductive", imbalance)
+
+
+def from_pictures(pictures: Sequence[Image.Image], size: int = 64, name: str = "images") -> ImageData:
+    """Pillow images; of different sizes they are resized as files are, shorter side to `size` and centre crop.
+
+    Raises:
+        UserError: fewer than two, or one that cannot be decoded.
+    """
+    upright = [decode_picture(picture, None, 3) for picture in pictures]
+    if len({picture.shape for picture in upright}) > 1:
+        upright = [decode_picture(picture, size, 3) for picture in pictures]
+    pixels = np.stack(upright)
+    grey = (pixels[:, :1] == pixels).all()
+    return from_arrays(pixels[:, :1] if grey else pixels, name=name)
 
 
 def from_paths(paths: Sequence[str], size: int = 64, name: str = "images") -> ImageData:

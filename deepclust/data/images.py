@@ -1,9 +1,9 @@
 """From an image file to pixels: uint8 (C, size, size), or a refusal with the reason in words.
 
-Conventions: alpha and transparent palettes lie on white; 16-bit grey is divided by 257; 32-bit integers and floats are
-taken as 0..1 (floats only), 0..255 or 0..65535, whichever is the first that holds their values; EXIF rotation is
-applied; animations give their first frame; colour profiles are not applied. HEIC is read where pillow-heif is there,
-AVIF by a Pillow that can.
+Conventions: transparent parts lie on white, or on grey where white would hide what is visible (`data/transparency.py`);
+more than 8 bits become 8 by the file's full scale, or by the range that it uses where that is narrow (`data/depth.py`);
+EXIF rotation is applied; animations give their first frame; colour profiles are not applied. HEIC is read where
+pillow-heif is there, AVIF by a Pillow that can.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
+from deepclust.data.depth import colours_of, grey_of, is_deep_colour, is_deep_grey
+from deepclust.data.transparency import has_alpha, opaque
 from deepclust.errors import UserError
 
 EXTENSIONS = (
@@ -121,19 +124,49 @@ def decode_file(path: str | Path, size: int, channels: int, hashing: bool = Fals
             whole = image.size
             if image.format == "JPEG":  # decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
                 image.draft(None, (2 * size, 2 * size))
-            sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             with _LARGE if image.width * image.height > LARGE else nullcontext():
-                image.load()
-                orientation = _orientation(image)
-                pixels = _crop(_eight_bit(_upright(image, orientation), sixteen_bit, channels), size)
+                pixels, orientation = _pixels(
+                    image, size, channels, lambda: _open(path if data is None else io.BytesIO(data))
+                )
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on a broken file
         raise UnreadableImage(str(path), _reason(error)) from error
-    array = np.array(pixels).reshape(size, size, channels).transpose(2, 0, 1).copy()
     seen = whole[::-1] if orientation in SIDEWAYS else whole
-    return Decoded(array, seen, b"" if data is None else hashlib.sha256(data).digest())
+    return Decoded(pixels, seen, b"" if data is None else hashlib.sha256(data).digest())
 
 
-def _open(file: str | Path | io.BytesIO) -> Image.Image:
+def decode_picture(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
+    """A Pillow image as `decode` gives an image file; uint8 (channels, H, W), uncropped, where `size` is None.
+
+    Raises:
+        UnreadableImage: values that fit no scale, or a file that went bad since it was opened.
+    """
+    try:
+        return _pixels(image, size, channels, None)[0]
+    except Exception as error:  # as for files: a lazily opened one is read only now
+        raise UnreadableImage(f"a Pillow image {getattr(image, 'filename', '')}".strip(), _reason(error)) from error
+
+
+def _pixels(
+    image: Image.Image, size: int | None, channels: int, again: Callable[[], ImageFile] | None
+) -> tuple[np.ndarray, int]:
+    """uint8 (channels, size, size) of an opened image, and its EXIF orientation.
+
+    again: opens its file once more; None for an image that has none.
+    """
+    deep = again if is_deep_colour(image) else None
+    image.load()
+    orientation = _orientation(image)
+    if is_deep_grey(image):
+        shown = grey_of(image)
+    else:
+        shown = image if deep is None else colours_of(image, deep)
+    shown = opaque(shown) if has_alpha(shown) else shown
+    turned = _upright(shown.convert("L" if channels == 1 else "RGB"), orientation)
+    array = np.array(turned if size is None else _crop(turned, size))
+    return array.reshape(*array.shape[:2], channels).transpose(2, 0, 1).copy(), orientation
+
+
+def _open(file: str | Path | io.BytesIO) -> ImageFile:
     """The image of a file by its content, whatever its name; HEIC and AVIF where there is something that reads them.
 
     Raises UnidentifiedImageError for other kinds, ValueError where something has to be installed.
@@ -209,34 +242,6 @@ def _orientation(image: Image.Image) -> int:
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     turn = UPRIGHT.get(orientation)
     return image if turn is None else image.transpose(turn)
-
-
-def _eight_bit(image: Image.Image, sixteen_bit: bool, channels: int) -> Image.Image:
-    if image.mode[0] in "IF":
-        image = Image.fromarray(_rescale(np.asarray(image), sixteen_bit))
-    elif _has_alpha(image):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    in_palette = image.palette is not None and image.palette.mode.endswith("A")
-    return image.mode.lower().endswith("a") or in_palette or "transparency" in image.info
-
-
-def _rescale(values: np.ndarray, sixteen_bit: bool) -> np.ndarray:
-    """Integers or floats of unknown range to uint8, by the conventions at the top of this file."""
-    if not np.isfinite(values).all():
-        raise ValueError("holds NaN or infinite pixels")
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"pixel values from {low:g} to {high:g} fit none of 0..1, 0..255 and 0..65535")
-    if values.dtype.kind == "f" and high <= 1:
-        scale = 255.0
-    else:
-        scale = 1.0 if high <= 255 and not sixteen_bit else 1 / 257
-    return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:

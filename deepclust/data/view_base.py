@@ -44,10 +44,16 @@ class Op:
 class Geometric(Op):
     """Moves pixels: a matrix from output to input coordinates, so that consecutive ones are one interpolation.
 
-    fill: what lies outside the image; None where the op never looks there.
+    fill: what lies outside the image; None where the op never looks there. alone: whether the batch engine applies the
+    op by its `batch`, by itself, since its interpolation is another one.
     """
 
     fill: Fill | None = "zeros"
+    alone: bool = False
+
+    def batch(self, images: Tensor, target: Size) -> Tensor:
+        """(B, C, H, W) in [0, 1] to (B, C, h, w), of an op that is applied alone."""
+        raise NotImplementedError
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
         """(B or 1, 3, 3): output to input in coordinates where the image is [-1, 1] x [-1, 1], x before y."""

@@ -203,6 +203,8 @@ def _group(planned: Sequence[_Planned]) -> list[list[_Planned]]:
 
 def _joins(first: Op, second: Op) -> bool:
     if isinstance(first, Geometric) and isinstance(second, Geometric):
+        if first.alone or second.alone:
+            return False
         return first.fill is None or second.fill is None or first.fill == second.fill
     return isinstance(first, Color) and isinstance(second, Color)
 
@@ -210,7 +212,7 @@ def _joins(first: Op, second: Op) -> bool:
 def _apply(images: Tensor, group: Sequence[_Planned], u: Tensor, target: Size) -> Tensor:
     """(B, C, H, W) float32 images, which may be overwritten, after a group of operations."""
     if isinstance(group[0].op, Geometric):
-        return _move(images, group, u, target)
+        return group[0].op.batch(images, target) if group[0].op.alone else _move(images, group, u, target)
     if isinstance(group[0].op, Color):
         return _recolor(images, group, u)
     item, op = group[0], cast(Pixel | Erase, group[0].op)

@@ -72,7 +72,8 @@ class Calibration(Wrapper):
     calibrated. per_cluster: M of `select`. mini_clusters: into how many a macro batch is cut; the fewer, the wider the
     neighbourhoods and the softer the confidences. warm_start: k-means goes on from the last batch's centroids; the
     reference starts anew with `restarts` 10. lr_scale: of the calibration head's learning rate. orthogonal_steps: of
-    the initial weights (the reference: 2000).
+    the initial weights (the reference: 2000). start_restarts, start_iterations: of the k-means that they begin as (the
+    reference: 10 and 300).
     """
 
     wants_prototypes = True
@@ -93,6 +94,8 @@ class Calibration(Wrapper):
         iterations: Count = 10,
         warm_start: bool = True,
         orthogonal_steps: Count = 2000,
+        start_restarts: Count = 1,
+        start_iterations: Count = 25,
         lr_scale: Positive = 1.0,
         clean_view: str = "clean",
         weak_view: str = "weak",
@@ -110,6 +113,7 @@ class Calibration(Wrapper):
         self.per_cluster, self.entropy_weight, self.lr_scale = per_cluster, entropy_weight, lr_scale
         self.restarts, self.iterations, self.warm_start = restarts, iterations, warm_start
         self.orthogonal_steps, self.fresh = orthogonal_steps, True
+        self.start_options = {"restarts": start_restarts, "iterations": start_iterations}
         self.register_buffer("centroids", torch.zeros(mini_clusters, dim))
         self.register_buffer("warm", torch.zeros((), dtype=torch.bool))
         self.training_buffers += ("centroids", "warm")
@@ -135,7 +139,8 @@ class Calibration(Wrapper):
         training = self.inner.training
         labels = None if anew else self.inner.eval().predict(bank.features).argmax(1)
         self.inner.train(training)
-        self.calibrator.init_clusters(bank.features, labels, self.orthogonal_steps, seed=self.start, group=bank.group)
+        options: dict[str, Any] = {**self.start_options, "seed": self.start, "group": bank.group}
+        self.calibrator.init_clusters(bank.features, labels, self.orthogonal_steps, **options)
         if anew and isinstance(layer, ClusterMLP):
             layer.load_state_dict(self.calibrator.state_dict())
 

@@ -34,7 +34,15 @@ class ClusterMLP(nn.Module):
 
     @torch.no_grad()
     def init_clusters(
-        self, features: Tensor, labels: Tensor | None = None, steps: int = 2000, *, seed: int = 0, group: Any = None
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        steps: int = 2000,
+        *,
+        restarts: int = 1,
+        iterations: int = 25,
+        seed: int = 0,
+        group: Any = None,
     ) -> None:
         """K-means centres become the rows of both linear layers, orthogonalised; biases are 0.
 
@@ -42,16 +50,18 @@ class ClusterMLP(nn.Module):
         k-means; the second one sees the hidden activations of the first one's centres. labels: (n,) clusters in [0, K)
         whose means are taken in place of the second k-means, so that the net begins as that clustering. Where there are
         fewer images than hidden units, the units left over stay as drawn.
+        restarts, iterations: of both k-means; the second, of few clusters, has at least 10 and 50.
         """
         num_rows = int(sum_over(torch.tensor(len(features), device=features.device), group))
         hidden = min(self.first.out_features, max(1, num_rows // 2))
         scaled = _standard_rows(features)
         weight = self.first.weight.clone()
-        weight[:hidden] = kmeans(scaled, hidden, num_iters=25, seed=seed, group=group).centroids.to(weight)
+        first: dict[str, Any] = {"num_restarts": restarts, "num_iters": iterations, "seed": seed, "group": group}
+        weight[:hidden] = kmeans(scaled, hidden, **first).centroids.to(weight)
         active = _standard_rows(F.relu(features @ weight.T / (1 + self.norm.eps) ** 0.5))
         if labels is None:
-            options: dict[str, Any] = {"num_restarts": 10, "num_iters": 50, "seed": seed, "group": group}
-            centers = kmeans(active, self.num_clusters, **options).centroids
+            second = {**first, "num_restarts": max(10, restarts), "num_iters": max(50, iterations)}
+            centers = kmeans(active, self.num_clusters, **second).centroids
         else:
             members = F.one_hot(labels, self.num_clusters).to(active)
             counts = sum_over(members.sum(0), group).clamp_min(1)[:, None]

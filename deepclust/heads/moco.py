@@ -3,6 +3,9 @@
 The momentum encoder is the stage's EMA teacher: `trainer.ema`, or this head's `momentum` where the stage sets none. It
 makes the keys in evaluation mode, with running batch statistics, so that no image of a batch can give another one away
 and nothing has to be shuffled between ranks. Version 2 has neither batch norm in its projector nor symmetry.
+
+Where this differs from the authors' code: the teacher's decay ramps up, it is the smaller of `momentum` and
+(1 + t) / (10 + t) at step t; both queries, being views of one size, share batch statistics where there are two.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ class MoCo(Head):
 
     queue_size: L, keys kept; the queue begins as random unit vectors, and every rank holds the keys of all ranks.
     symmetric: both views are queries for each other's key, and both keys enter the queue; False (the paper): the first
-    view is the query, the second the key. momentum: decay of the teacher where `trainer.ema` sets none.
+    view is the query, the second the key. separate_queues: if symmetric, each view's keys have a queue of L of their
+    own, which the other view's queries are held against, as in MoCo v2+ of solo-learn.
+    momentum: decay of the teacher where `trainer.ema` sets none.
     """
 
     training_buffers = ("queue", "position")
@@ -52,18 +57,22 @@ class MoCo(Head):
         temperature: Positive = 0.2,
         queue_size: Count = 1024,
         symmetric: bool = True,
+        separate_queues: bool = False,
         momentum: Decay = 0.99,
         view: str = "simclr",
     ) -> None:
         super().__init__()
+        if separate_queues and not symmetric:
+            raise ValueError("separate_queues=true: needs symmetric=true; without, one view alone gives keys")
         self.views = (View(view), View(view))
         if not symmetric:
             self.views = (View(view, used_for="loss"), View(view, used_for="targets"))
         self.temperature = temperature
-        self.symmetric = symmetric
+        self.symmetric, self.separate_queues = symmetric, separate_queues
         self.teacher_decay = momentum
         self.projector = Projector(dim, hidden_dim, embedding_dim, batch_norm=batch_norm)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))
+        shape = (2, queue_size, embedding_dim) if separate_queues else (queue_size, embedding_dim)
+        self.register_buffer("queue", F.normalize(torch.randn(shape), dim=-1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def forward(self, z: Tensor, view: int) -> Output:
@@ -78,7 +87,7 @@ class MoCo(Head):
         """`moco_loss` of the first view's queries; if symmetric its mean with that of the second's."""
         pairs = ((0, 1), (1, 0)) if self.symmetric else ((0, 1),)
         terms = [
-            moco_loss(_embedding(outputs[query]), targets[f"key{key}"], self.queue, temperature=self.temperature)
+            moco_loss(_embedding(outputs[query]), targets[f"key{key}"], self._queue(key), temperature=self.temperature)
             for query, key in pairs
         ]
         return {"loss": torch.stack(terms).mean()}
@@ -86,11 +95,16 @@ class MoCo(Head):
     def after_step(self, outputs: Mapping[int, Output], batch: Batch) -> None:
         """This macro batch's keys, of all ranks, take the place of the oldest."""
         views = (0, 1) if self.symmetric else (1,)
-        keys = torch.cat([gather_rows(batch.targets[f"key{view}"], batch.group)[0] for view in views])
-        size = len(self.queue)
-        rows = (self.position + torch.arange(len(keys), device=keys.device))[-size:] % size
-        self.queue[rows] = keys[-size:]
-        self.position.copy_((self.position + len(keys)) % size)
+        parts = [gather_rows(batch.targets[f"key{view}"], batch.group)[0] for view in views]
+        keys = torch.stack(parts) if self.separate_queues else torch.cat(parts)
+        size, number = self.queue.shape[-2], keys.shape[-2]
+        rows = (self.position + torch.arange(number, device=keys.device))[-size:] % size
+        self.queue[..., rows, :] = keys[..., -size:, :]
+        self.position.copy_((self.position + number) % size)
+
+    def _queue(self, key: int) -> Tensor:
+        """(L, E) earlier keys that queries for the keys of one view are held against."""
+        return self.queue[key] if self.separate_queues else self.queue
 
 
 def _embedding(output: Output) -> Tensor:

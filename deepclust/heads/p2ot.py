@@ -42,7 +42,8 @@ class P2OT(Head):
 
     Where the reference differs: its solver stops by the change of the scales, here by the violation of the columns; it
     keeps a sample as often as it came; it divides a pass's mean loss by the last step's share of the mass to compare
-    sub-heads, here each step's loss by its own.
+    sub-heads, here each step's loss by its own; it keeps the weights of the epoch with the lowest such loss, here the
+    last epoch's are kept.
     """
 
     training_buffers = ("memory", "memory_index", "log_scale")

@@ -4,7 +4,8 @@
 of its nearest neighbours get predictions of high pointwise mutual information, from a student and its EMA teacher.
 
 Where this differs from the authors' code: no image is its own neighbour, whatever the number of images; the last
-layer's rows have length one with no scale that is learned; sub-heads are compared as the teacher is, see `_note`.
+layer's rows have length one with no scale that is learned; sub-heads are compared as the teacher is, see `_note`; the
+teacher's decay ramps up, it is the smaller of `momentum` and (1 + t) / (10 + t) at step t.
 """
 
 from __future__ import annotations

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deepclust.data import datasets
+from deepclust.data.arrays import as_images
+from deepclust.data.given import gathered
 from deepclust.errors import UserError
 
 MakeFolder = Callable[[Iterable[str]], Path]
@@ -81,7 +84,12 @@ def test_arrays_of_every_layout_are_the_same_images() -> None:
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (np.zeros((4, 9)), "shape (4, 9)"),
+        (np.zeros((4, 9)), "shape (4, 9): one grey image is images[None]"),
+        (np.zeros((40, 30, 3)), "taken as (1, 40, 30, 3); at least 2 image"),
+        (np.zeros((40, 30, 1)), "at least 2 image"),
+        (np.zeros((40, 30, 4)), "alpha channel is images[..., :3]"),
+        (np.zeros((5, 40, 30, 4)), "alpha channel is left out"),
+        (np.zeros((5, 3, 3)), "one colour image is images[None], grey images are images[..., None]"),
         (np.zeros((4, 5, 5, 2)), "C = 1 or 3"),
         (np.zeros((1, 5, 5)), "at least 2 image"),
         (np.zeros((0, 5, 5)), "at least 2 image"),
@@ -96,6 +104,69 @@ def test_bad_arrays_are_refused_in_words(images: np.ndarray, words: str) -> None
     with pytest.raises(UserError) as caught:
         datasets.from_arrays(images)
     assert words in str(caught.value)
+
+
+def test_one_image_is_one_image_and_what_could_be_either_is_refused() -> None:
+    """An (H, W, 3) array was H grey images of W x 3 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    for channels in (None, 1, 3):
+        whole = as_images(pixels, 1, channels)
+        assert whole.shape == (1, 3, 40, 30) and (whole[0].permute(1, 2, 0).numpy() == pixels).all()
+        assert torch.equal(as_images(pixels / 255.0, 1, channels), whole)
+        assert as_images(pixels[..., :1], 1, channels).shape == (1, 1, 40, 30)
+        assert as_images(pixels[..., :1].transpose(2, 0, 1), 1, channels).shape == (1, 1, 40, 30)
+        assert as_images(np.zeros((7, 30, 3, 1)), 1, channels).shape == (7, 1, 30, 3), "grey images 3 wide"
+        with pytest.raises(UserError, match=r"one grey image is images\[None\]"):
+            as_images(pixels[..., 0], 1, channels)
+    first = pixels.transpose(2, 0, 1)
+    assert as_images(first, 1, 1).shape == as_images(first).shape == (3, 1, 40, 30)
+    with pytest.raises(UserError, match=r"one colour image is images\[None\], and three grey images"):
+        as_images(first, 1, 3)
+
+
+def test_what_people_hold_is_gathered_or_refused_in_words() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    pictures, names = [Image.fromarray(each) for each in array], [f"{row}.png" for row in range(6)]
+    for paths in (names, tuple(names), [Path(name) for name in names], np.array(names), np.array(names, object)):
+        assert gathered(paths) == names
+    assert gathered(name for name in names) == names
+    assert gathered(pictures) == pictures and gathered(pictures[0]) == pictures[:1]
+    for stack in (array, list(array), tuple(array), (each for each in array), [torch.from_numpy(a) for a in array]):
+        assert np.array_equal(gathered(stack), array)
+    assert gathered([array[0, :, :, 0]] * 3).shape == (3, 1, 8, 8), "three grey images, not one of colour"
+    refused: list[tuple[Any, str]] = [
+        (set(names), "a set has no order"),
+        ({"a": array}, "a dict has no order"),
+        ([], "an empty list"),
+        (3, "int; expected paths"),
+        ([names[0], pictures[0]], "a mixture of Image, str"),
+        ([array[0], array[1, :5]], r"different shapes, \(8, 8, 3\) and \(5, 8, 3\)"),
+        ([[1, 2], [3]], "of different lengths"),
+        ([None, None], "of type NoneType"),
+    ]
+    for given, words in refused:
+        with pytest.raises(UserError, match=words):
+            gathered(given)
+
+
+def test_pillow_images_are_decoded_as_their_files_are(tmp_path: Path) -> None:
+    """Whatever their mode: `np.asarray` of a palette image is its indices."""
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    modes = [Image.fromarray(colours).convert(mode) for mode in ("RGB", "P", "RGBA", "CMYK")]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    modes[0].save(tmp_path / "turned.png", exif=turned)
+    train = datasets.from_pictures([*modes, Image.open(tmp_path / "turned.png")]).train
+    assert train.images is not None and train.images.shape == (5, 3, 8, 8)
+    for image, picture in zip(train.images[:4].numpy(), modes):
+        assert (image == np.asarray(picture.convert("RGB")).transpose(2, 0, 1)).all()
+    assert (train.images[4].numpy() == np.rot90(colours, -1).transpose(2, 0, 1)).all()
+    sizes = [Image.new("L", (90 + row, 80), 20 * row) for row in range(4)]
+    train = datasets.from_pictures(sizes).train
+    assert train.images is not None and train.images.shape == (4, 1, 64, 64)
+    assert train.images[:, 0, 5, 5].tolist() == [0, 20, 40, 60]
+    with pytest.raises(UserError, match=r"a Pillow image: holds NaN"):
+        datasets.from_pictures([Image.fromarray(np.full((4, 4), np.nan, np.float32))] * 2)
 
 
 def test_labels_of_arrays() -> None:

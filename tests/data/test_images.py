@@ -102,8 +102,6 @@ def test_a_sixteen_bit_gradient_is_not_saturated(tmp_path: Path) -> None:
     pixels = decode(tmp_path / "x.png", 64, 1)[0]
     assert np.abs(pixels - gradient / 257).max() <= 0.5
     assert len(np.unique(pixels)) == 256
-    Image.fromarray(gradient // 512).save(tmp_path / "dark.png")  # at most 127 of 65535: dark, not stretched
-    assert decode(tmp_path / "dark.png", 64, 1).max() == 0
 
 
 def test_sixteen_bit_colour_png_keeps_its_range(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import stats
 from torch import Tensor
 from torchvision import transforms as T
@@ -119,6 +120,39 @@ def test_shrinking_does_not_alias():
         theirs = TF.resize(noise, [side, side], antialias=True)
         assert (ours - theirs).abs().mean() < 0.4 * (noise[:, :, :side, :side] - 0.5).abs().mean()
         assert ours.std() < 1.6 * theirs.std()
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (24, 40), (100, 80)])
+def test_bicubic_resizing_is_pillows_in_both_engines(sides: tuple[int, int]):
+    """Pillow rounds after each of its two passes: half a level, times 1.25 of the second kernel's weights, and half.
+
+    torchvision rounds bytes as often, in another order.
+    """
+    images = smooth_images(2, 3, *sides)
+    op = view_geometry.Resize(1.5, interpolation="bicubic")
+    size = op.out_size(sides, (40, 40))
+    theirs = []
+    for image in images:
+        picture = Image.fromarray(image.permute(1, 2, 0).byte().numpy())
+        resized = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        theirs.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+    batch = op.batch(images / 255, (40, 40))
+    assert (255 * batch - torch.stack(theirs)).abs().max() <= 1.13
+    for image, wanted in zip(images, theirs):
+        assert (op.sample(image.byte(), {}, (40, 40)).int() - wanted.int()).abs().max() <= 2
+    bilinear = through(view_geometry.Resize(1.5), {}, images / 255, (40, 40))
+    assert (batch - bilinear).abs().max() > 0.002, "another interpolation, indeed"
+
+
+def test_bicubic_resizing_stands_by_itself_and_both_engines_crop_it_alike():
+    images = smooth_images(3, 3, 32, 32)
+    ops = [{"resize": {"ratio": 8 / 7, "interpolation": "bicubic"}}, {"random_crop": {}}, {"horizontal_flip": {}}]
+    view = ViewTransform(ops, 56, [0.0] * 3, [1.0] * 3)
+    assert [len(group) for group in view.groups] == [1, 2]
+    together = view.batch(images, keys(3))
+    assert together.shape == (3, 3, 56, 56)
+    for image, key, other in zip(images, keys(3).tolist(), together):
+        torch.testing.assert_close(view.sample(image, key), other, atol=1.13 / 255, rtol=0)
 
 
 def test_consecutive_geometric_operations_are_one_interpolation():

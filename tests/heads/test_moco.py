@@ -74,6 +74,34 @@ def test_both_keys_of_a_symmetric_step_enter():
     assert torch.equal(head.queue[:4], torch.cat([first, second]))
 
 
+def test_each_view_may_have_a_queue_of_its_own():
+    """MoCo v2+: queries of a view are held against earlier keys of the other view; the oldest of each fall out."""
+    torch.manual_seed(0)
+    head = MoCo(4, embedding_dim=3, queue_size=5, batch_norm=False, separate_queues=True)
+    assert head.queue.shape == (2, 5, 3)
+    torch.testing.assert_close(head.queue.norm(dim=2), torch.ones(2, 5))
+    pushed = [[], []]
+    for size in (2, 2, 7, 3):
+        keys = [F.normalize(torch.randn(size, 3), dim=1) for _ in range(2)]
+        for view in (0, 1):
+            pushed[view].append(keys[view])
+        head.after_step({}, batch_with(keys[1], key0=keys[0]))
+    for view in (0, 1):
+        newest = torch.cat(pushed[view])[-5:]
+        assert {tuple(row) for row in head.queue[view].tolist()} == {tuple(row) for row in newest.tolist()}
+    z = [torch.randn(6, 4) for _ in range(2)]
+    outputs = {view: head(z[view], view) for view in (0, 1)}
+    keys = {f"key{view}": F.normalize(torch.randn(6, 3), dim=1) for view in (0, 1)}
+    found = head.loss(outputs, Targets(**keys), batch_with(keys["key1"]))["loss"]
+    wanted = [
+        moco_loss(outputs[query].embedding, keys[f"key{1 - query}"], head.queue[1 - query], temperature=0.2)
+        for query in (0, 1)
+    ]
+    torch.testing.assert_close(found, (wanted[0] + wanted[1]) / 2)
+    with pytest.raises(ValueError, match="separate_queues=true"):
+        MoCo(4, symmetric=False, separate_queues=True)
+
+
 def make(head: MoCo, hooks: Hooks | None = None, world: World | None = None, **settings) -> Trainer:
     images = toy_images(42)
     views = build_views({"size": None, "views": VIEWS}, images, list(VIEWS))
@@ -113,7 +141,7 @@ def two_steps(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
 
     world = World(rank, size, torch.device("cpu"), dist.group.WORLD if size > 1 else None)
     states = []
-    for more, micro in (({}, 1), ({"symmetric": False}, 1), ({}, 3)):
+    for more, micro in (({}, 1), ({"symmetric": False}, 1), ({}, 3), ({"separate_queues": True}, 1)):
         trainer = make(make_head(**more), world=world, max_steps=2, micro_batches=micro)
         trainer.fit()
         states.append(dict(trainer.network.state_dict()))
