@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepclust.compose import ConfigError
-from deepclust.signatures import check_node, show
+from deepclust.signatures import check_node, checked_signature, show
 from deepclust.targets import resolve
 
 
@@ -35,7 +34,7 @@ def build(
 def _build(node: Mapping[str, Any], trust: Sequence[str], injected: Mapping[str, Any]) -> Any:
     """The object of a node that was checked, nested ones first."""
     target = resolve(node["_target_"], trust)
-    names = inspect.signature(target).parameters
+    names = checked_signature(node["_target_"], None, trust).parameters
     values = {key: value for key, value in injected.items() if key in names}
     for key, value in node.items():
         if key != "_target_":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepclust.defaults import with_all_defaults
 from deepclust.errors import UserError
 from deepclust.signatures import near, show
 
@@ -96,7 +97,11 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> tuple
     for key, value in words.values:
         _put(config, key, value, problems)
     given = [key for key, _ in words.values]
-    return Composed(_resolved(config, problems), choices, stages, words.groups, given), problems
+    tree = _resolved(config, problems)
+    # Only the command line may trust more than the list, so a file's `trust` opens nothing here.
+    trust = next((value for key, value in words.values if key == "trust"), [])
+    tree = with_all_defaults(tree, choices, trust if isinstance(trust, list) else [])
+    return Composed(tree, choices, stages, words.groups, given), problems
 
 
 def sweeps(overrides: Sequence[str]) -> list[list[str]]:

@@ -17,24 +17,13 @@ from deepclust import settings
 from deepclust.build import build
 from deepclust.compose import Composed, ConfigError, compose, options
 from deepclust.data.view_ops import check_augment
+from deepclust.defaults import NODES, with_all_defaults
 from deepclust.run_folder import choose_path
+from deepclust.settings import SECTIONS, SETTINGS
 from deepclust.signatures import check_arguments, check_node, show, signature, unknown_key
 
 __all__ = ["ConfigError", "RunConfig", "Stage", "build", "differences", "load", "options"]
 
-SETTINGS = {
-    "run": settings.RunSettings,
-    "checkpoint": settings.CheckpointSettings,
-    "distributed": settings.DistributedSettings,
-    "eval": settings.EvalSettings,
-    "logger": settings.LoggerSettings,
-    "trainer": settings.TrainerSettings,
-    "optim": settings.OptimSettings,
-}
-SECTIONS = {key: f"deepclust.settings.{kind.__name__}" for key, kind in SETTINGS.items()}
-"""Sections of plain values, and the dataclass that describes each."""
-NODES = ("data", "backbone", "head")
-"""Sections with a `_target_`; `targets.SECTIONS` says what it may be besides what is trusted."""
 JOB = signature("deepclust.settings.JobSettings")
 TOP = (*JOB.parameters, *SECTIONS, "augment", *NODES, "stages")
 STAGE = ("head", "optim", "augment", "trainer")
@@ -130,7 +119,7 @@ def differences(old_text: str, new: RunConfig) -> list[str]:
     import yaml
 
     try:
-        old = _effective(yaml.safe_load(old_text))
+        old = _effective(with_all_defaults(yaml.safe_load(old_text), trust=new.trust))
     except (yaml.YAMLError, AttributeError, TypeError):
         return ["config.yaml of the run folder cannot be read"]
     return list(_changes(old, _effective(new.tree), ""))
@@ -216,7 +205,9 @@ def _check_top(tree: Mapping[str, Any], problems: list[str]) -> None:
 def _section(key: str, values: Any, path: str, problems: list[str]) -> dict[str, Any]:
     """A section of plain values, read against its dataclass."""
     if not isinstance(values, Mapping):
-        problems.append(f"{path}={show(values)}: must be a mapping; choose one of {_names(key)}, or set its keys")
+        names = _names(key)
+        advice = f"choose one of {names}, or set its keys" if names else f"set its keys, as in {path}.KEY=VALUE"
+        problems.append(f"{path}={show(values)}: must be a mapping; {advice}")
         return {}
     return check_arguments(signature(SECTIONS[key]), values, path, problems)
 

@@ -154,3 +154,16 @@ class LoggerSettings:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "deepclust"
     wandb_entity: str | None = None
+
+
+SETTINGS = {
+    "run": RunSettings,
+    "checkpoint": CheckpointSettings,
+    "distributed": DistributedSettings,
+    "eval": EvalSettings,
+    "logger": LoggerSettings,
+    "trainer": TrainerSettings,
+    "optim": OptimSettings,
+}
+SECTIONS = {key: f"deepclust.settings.{kind.__name__}" for key, kind in SETTINGS.items()}
+"""Sections of plain values, and the dataclass that describes each."""

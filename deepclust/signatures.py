@@ -22,6 +22,8 @@ from deepclust.targets import ANNOTATIONS, LAYERS, check_target, resolve
 
 INJECTED = ("dim", "num_clusters", "num_samples", "in_channels", "image_size", "group")
 """Names that the program fills in where a signature asks for them without a default."""
+INHERITED = "inherited"
+"""`**inherited` in a constructor stands for the arguments of its class's base."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,24 @@ class Section(Kind):
     words = "a mapping"
 
 
+REQUIRED = object()
+"""Default of an argument that must be given."""
+COMPUTED = object()
+"""Default of an argument that only running the code would tell; it may be left out."""
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One argument: its kind, and whether it may be left out."""
+    """One argument of a constructor."""
 
     kind: Kind
-    optional: bool
+    default: Any = REQUIRED
+    """As it would stand in YAML; or REQUIRED, or COMPUTED."""
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be left out."""
+        return self.default is not REQUIRED
 
 
 @dataclass(frozen=True)
@@ -93,11 +107,16 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef, path: Path) -> dict[str, P
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             arguments = _arguments(item.args, path)
-            arguments.pop(next(iter(arguments)))
+            arguments.pop(next(iter(arguments)))  # self
+            if item.args.kwarg is not None and item.args.kwarg.arg == INHERITED:
+                arguments = {**_inherited(node, path), **arguments}
             return arguments
     if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
-        return {item.target.id: Parameter(_kind(item.annotation, path), item.value is not None) for item in fields}  # type: ignore[union-attr]
+        return {
+            item.target.id: Parameter(_kind(item.annotation, path), _default(item.value, path))
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        }
     return _inherited(node, path)
 
 
@@ -116,11 +135,45 @@ def _inherited(node: ast.ClassDef, path: Path) -> dict[str, Parameter]:
 
 def _arguments(arguments: ast.arguments, path: Path) -> dict[str, Parameter]:
     positional = [*arguments.posonlyargs, *arguments.args]
-    without = len(positional) - len(arguments.defaults)
-    found = {arg.arg: Parameter(_kind(arg.annotation, path), i >= without) for i, arg in enumerate(positional)}
-    for arg, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
-        found[arg.arg] = Parameter(_kind(arg.annotation, path), default is not None)
-    return found
+    # `defaults` belong to the last positional arguments; the ones before them must be given.
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    pairs = [
+        *zip(positional, [*missing, *arguments.defaults]),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults),
+    ]
+    return {
+        argument.arg: Parameter(_kind(argument.annotation, path), _default(default, path))
+        for argument, default in pairs
+    }
+
+
+def _default(node: ast.expr | None, path: Path) -> Any:
+    """A default as it would stand in YAML, read without running anything."""
+    if node is None:
+        return REQUIRED
+    if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "field":
+        options = {keyword.arg: keyword.value for keyword in node.keywords}
+        if "default" in options:
+            return _default(options["default"], path)
+        factory = options.get("default_factory")
+        return {"list": [], "dict": {}}.get(ast.unparse(factory), COMPUTED) if factory else REQUIRED
+    if isinstance(node, ast.Name):
+        return _named_default(node.id, path)
+    try:
+        value = _constant(node)
+    except (ValueError, TypeError):
+        return COMPUTED
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _named_default(name: str, path: Path) -> Any:
+    """The value of a constant of the file, or of one that it imports from another file of ours."""
+    for node in parse(path).body:
+        if isinstance(node, ast.Assign) and name in [ast.unparse(each) for each in node.targets]:
+            return _default(node.value, path)
+    home, _, original = imports(path).get(name, "").rpartition(".")
+    file = source(home) if home.startswith("deepclust.") else None
+    return _named_default(original, file) if file and file != path else COMPUTED
 
 
 # --- annotations to kinds -------------------------------------------------------------------------------------------
@@ -204,13 +257,17 @@ def _annotated(inner: list[ast.expr], path: Path) -> Kind:
     return kind
 
 
-def _constant(node: ast.expr) -> float:
-    """A number written in an annotation, `float("inf")` and `2**32 - 1` included."""
+def _constant(node: ast.expr) -> Any:
+    """What is written as a literal, `float("inf")` and `2**32 - 1` included. Raises ValueError."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "float":
         return float(ast.literal_eval(node.args[0]))
     if isinstance(node, ast.BinOp):
         left, right = _constant(node.left), _constant(node.right)
-        return left**right if isinstance(node.op, ast.Pow) else left - right
+        if isinstance(node.op, ast.Pow):
+            return left**right
+        if isinstance(node.op, ast.Sub):
+            return left - right
+        raise ValueError(f"no constant: {ast.unparse(node)}")
     return ast.literal_eval(node)
 
 
@@ -231,7 +288,7 @@ def check_arguments(
     """
     settable = {name: item for name, item in known.parameters.items() if name not in INJECTED or item.optional}
     if node:
-        settable = {"_target_": Parameter(Anything(), optional=False), **settable}
+        settable = {"_target_": Parameter(Anything()), **settable}
     read: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
@@ -285,12 +342,17 @@ def check_node(
     """
     target = node.get("_target_")
     try:
-        check_target(target, section, trust)
-        known = _library_signature(str(target)) if target in LAYERS else signature(str(target))
+        known = checked_signature(target, section, trust)
     except UserError as error:
         problems.append(f"{f'{path}.' if path else ''}_target_={show(target)}: {error}")
         return dict(node)
     return check_arguments(known, node, path, problems, trust, node=True)
+
+
+def checked_signature(target: Any, section: str | None, trust: Sequence[str]) -> Signature:
+    """The signature of what `_target_` names, unless it may not be built: TargetError."""
+    check_target(target, section, trust)
+    return _library_signature(str(target)) if target in LAYERS else signature(str(target))
 
 
 def _targets(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -311,7 +373,10 @@ def _library_signature(target: str) -> Signature:
     arguments = inspect.signature(resolve(target)).parameters.values()
     empty = inspect.Parameter.empty
     named = [item for item in arguments if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
-    return Signature(target, {item.name: Parameter(Anything(), item.default is not empty) for item in named})
+    return Signature(
+        target,
+        {item.name: Parameter(Anything(), REQUIRED if item.default is empty else COMPUTED) for item in named},
+    )
 
 
 def unknown_key(path: str, key: str, value: Any, valid: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import shutil
 import string
@@ -19,7 +20,10 @@ from deepclust import config
 from deepclust import settings as sections
 from deepclust.compose import Composed, compose, conf_folder, options, sweeps
 from deepclust.config import ConfigError, build, differences, load
-from deepclust.signatures import INJECTED, signature
+from deepclust.heads.prototypes import PrototypeHead
+from deepclust.heads.swav import SwAV
+from deepclust.settings import SECTIONS, SETTINGS
+from deepclust.signatures import INJECTED, check_node, signature
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -58,22 +62,26 @@ def test_the_default_is_the_scan_recipe_on_digits(default):
     assert yaml.safe_load(default.text()) == default.tree
 
 
-@pytest.mark.parametrize("key", sorted(config.SETTINGS))
-def test_default_yaml_says_what_the_settings_say(key):
-    file = conf_folder() / key / ("adamw.yaml" if key == "optim" else "default.yaml")
-    written = config.check_arguments(signature(config.SECTIONS[key]), _yaml(file), key, [])
-    assert written == asdict(config.SETTINGS[key]())
+def test_composing_fills_in_the_default_of_every_key_that_no_file_says(composed):
+    for key, kind in SETTINGS.items():
+        assert config.check_arguments(signature(SECTIONS[key]), composed.tree[key], key, []) == asdict(kind())
+    bare = check_node({"_target_": "deepclust.heads.swav.SwAV"}, "head", [], section="head")
+    composed_head = load(["head=swav", "recipe=single"]).stages["main"].head
+    assert set(bare) == {"_target_"} and composed_head["temperature"] == 0.1 and composed_head["num_prototypes"] is None
+    named = set(inspect.signature(SwAV).parameters) | set(inspect.signature(PrototypeHead).parameters)
+    assert set(composed_head) - {"_target_"} == named - set(INJECTED) - {"inherited"}
 
 
-def test_every_head_backbone_and_data_yaml_names_every_key_of_its_signature():
-    for group in ("head", "backbone", "data"):
+def test_no_file_repeats_what_a_signature_says():
+    for group in ("head", "backbone", "data", "optim"):
         for name, description in options(group):
             node = _yaml(conf_folder() / group / f"{name}.yaml")
             node = node.get(group, node)
-            known = signature(node["_target_"]).parameters
-            settable = {key for key, item in known.items() if item.optional or key not in INJECTED}
-            nested = {str(entry).partition("@")[2] for entry in node.get("defaults", [])} & settable
-            assert description and set(node) - {"_target_", "defaults"} | nested == settable, (group, name)
+            known = signature(node.get("_target_") or SECTIONS[group]).parameters
+            for key, value in node.items():
+                if key in known and key not in INJECTED:  # an injected one is not filled in where a file says null
+                    assert value != known[key].default, (group, name, key)
+            assert description, (group, name)
 
 
 def test_all_options_of_the_small_groups_compose():
@@ -103,8 +111,8 @@ def test_a_stage_falls_back_to_the_top_level_groups_and_may_choose_its_own():
 def test_a_head_chosen_for_a_stage_comes_without_what_the_recipe_tunes():
     chosen = load(["head@stages.scan.head=simclr", "head@stages.pretext.head=scan", "stages.pretext.head.num_heads=3"])
     assert chosen.name() == "scan-simclr-scan-digits-0" and list(chosen.stages) == ["pretext", "scan", "selflabel"]
-    assert chosen.stages["scan"].head == _yaml(conf_folder() / "head/simclr.yaml")
-    assert chosen.stages["pretext"].head == {**_yaml(conf_folder() / "head/scan.yaml"), "num_heads": 3}
+    assert chosen.stages["scan"].head == load(["head=simclr", "recipe=single"]).stages["main"].head
+    assert chosen.stages["pretext"].head == {**load(["head=scan", "recipe=single"]).stages["main"].head, "num_heads": 3}
 
 
 def test_numbers_may_be_written_with_exponents(tmp_path):
@@ -300,7 +308,7 @@ def test_all_errors_come_at_once_in_one_line_each():
         (["head.entropy_weight=3", "augment=null"], ["did you mean stages.scan.head.entropy_weight?", "augment=NAME"]),
         (["stages.scan.head=simclr", "hydra.run.dir=x"], ["head@stages.scan.head=NAME", "not used here"]),
         (["head@stages.scam.head=simclr"], ["did you mean scan?"]),
-        (["bakbone@x=small_convnet", "optim=null"], ["there is no group bakbone", "must be a mapping"]),
+        (["bakbone@x=small_convnet", "trainer=null"], ["there is no group bakbone", "must be a mapping"]),
         (["stages.scan.head.dim=4", "eval.baselines=[kmens]"], ["filled in by the program", "kmeans"]),
         (["data=image_folder", "optim.lr=${sed}"], ["data.root has no value", "sed"]),
         (["optim.nesterov=true", "optim.momentum=0"], ["needs optim.momentum above 0"]),

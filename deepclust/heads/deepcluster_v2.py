@@ -7,6 +7,7 @@ depend on the number of ranks; the first epoch's labels come from one augmented 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from deepclust.heads.base import Bank, BankSpec, Batch, Output, Progress, Refres
 from deepclust.heads.prototypes import PrototypeHead
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows, world_size
-from deepclust.schema import Count, Natural, Positive
+from deepclust.schema import Count
 
 UNSEEN = -100
 
@@ -53,33 +54,13 @@ class DeepClusterV2(PrototypeHead):
         num_clusters: Count,
         num_samples: Count,
         *,
-        num_prototypes: list[Count] | None = None,
-        hidden_dim: Count = 256,
-        embedding_dim: Count = 64,
-        batch_norm: bool = True,
-        temperature: Positive = 0.1,
         num_iters: Count = 10,
-        num_global: Count = 2,
-        num_local: Natural = 0,
-        global_view: str = "global",
-        local_view: str = "local",
+        **inherited: Any,
     ) -> None:
-        super().__init__(
-            dim,
-            num_clusters,
-            num_prototypes,
-            hidden_dim=hidden_dim,
-            embedding_dim=embedding_dim,
-            batch_norm=batch_norm,
-            temperature=temperature,
-            num_global=num_global,
-            num_local=num_local,
-            global_view=global_view,
-            local_view=local_view,
-        )
-        self.num_iters, self.global_view = num_iters, global_view
+        super().__init__(dim, num_clusters, **inherited)
+        self.num_iters = num_iters
         self.prototypes.requires_grad_(False)
-        self.register_buffer("memory", torch.zeros(num_global, num_samples, embedding_dim))
+        self.register_buffer("memory", torch.zeros(self.num_global, num_samples, self.embedding_dim))
         self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
         self.register_buffer("labels", torch.full((self.num_heads, num_samples), UNSEEN))
         self.register_buffer("rounds", torch.zeros((), dtype=torch.int64))

@@ -15,6 +15,7 @@ from deepclust.heads.base import Bank, BankSpec, Head, Output, Progress, Refresh
 from deepclust.heads.layers import Projector
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import sum_over
+from deepclust.schema import Count, Natural, Positive
 
 CHUNK = 8192
 
@@ -76,21 +77,23 @@ class PrototypeHead(Head):
 
     def __init__(
         self,
-        dim: int,
-        num_clusters: int,
-        num_prototypes: Sequence[int] | None,
+        dim: Count,
+        num_clusters: Count,
         *,
-        hidden_dim: int,
-        embedding_dim: int,
-        batch_norm: bool,
-        temperature: float,
-        num_global: int,
-        num_local: int,
-        global_view: str,
-        local_view: str,
+        num_prototypes: list[Count] | None = None,
+        hidden_dim: Count = 256,
+        embedding_dim: Count = 64,
+        batch_norm: bool = True,
+        temperature: Positive = 0.1,
+        num_global: Count = 2,
+        num_local: Natural = 0,
+        global_view: str = "global",
+        local_view: str = "local",
     ) -> None:
         super().__init__()
-        self.num_clusters, self.num_global = num_clusters, num_global
+        self.num_clusters = num_clusters
+        self.num_global = num_global
+        self.global_view = global_view
         self.views = (View(global_view),) * num_global + (View(local_view, used_for="loss"),) * num_local
         if len(self.views) < 2:
             raise ValueError(f"num_global={num_global}, num_local={num_local}: at least two crops are needed")
@@ -98,6 +101,7 @@ class PrototypeHead(Head):
         if not sizes:
             raise ValueError("num_prototypes=[]: give at least one number, or null for 3 and 10 times num_clusters")
         self.num_heads = len(sizes)
+        self.embedding_dim = embedding_dim
         self.projector = Projector(dim, hidden_dim, embedding_dim, batch_norm=batch_norm)
         self.prototypes = Prototypes(embedding_dim, sizes, temperature)
         for number, size in enumerate(sizes):

@@ -58,11 +58,6 @@ class SwAV(PrototypeHead):
         dim: Count,
         num_clusters: Count,
         *,
-        num_prototypes: list[Count] | None = None,
-        hidden_dim: Count = 256,
-        embedding_dim: Count = 64,
-        batch_norm: bool = True,
-        temperature: Positive = 0.1,
         epsilon: Positive = 0.05,
         num_iters: Count = 3,
         marginal: Literal["uniform"] | NonNegative | list[NonNegative] = "uniform",
@@ -70,28 +65,13 @@ class SwAV(PrototypeHead):
         hard_steps: Natural = 0,
         queue_length: Natural = 0,
         queue_from: Fraction = 0.0,
-        num_global: Count = 2,
-        num_local: Natural = 0,
-        global_view: str = "global",
-        local_view: str = "local",
+        **inherited: Any,
     ) -> None:
-        super().__init__(
-            dim,
-            num_clusters,
-            num_prototypes,
-            hidden_dim=hidden_dim,
-            embedding_dim=embedding_dim,
-            batch_norm=batch_norm,
-            temperature=temperature,
-            num_global=num_global,
-            num_local=num_local,
-            global_view=global_view,
-            local_view=local_view,
-        )
+        super().__init__(dim, num_clusters, **inherited)
         self.epsilon, self.num_iters = epsilon, num_iters
         self.freeze_steps, self.hard_steps, self.queue_from = freeze_steps, hard_steps, queue_from
         self.marginals = [_marginal(marginal, size) for size in self.prototypes.sizes]
-        self.queue = FeatureQueue(num_global, queue_length, embedding_dim) if queue_length else None
+        self.queue = FeatureQueue(self.num_global, queue_length, self.embedding_dim) if queue_length else None
         if self.queue is not None:
             self.sharded_buffers = ("queue.rows", "queue.serial")
             self.training_buffers = (*self.sharded_buffers, "queue.count")
