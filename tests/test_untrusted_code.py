@@ -181,9 +181,9 @@ def test_a_link_that_was_turned_is_another_file(theirs: Theirs):
 
 
 def test_a_changed_file_beside_it_counts(known: Theirs):
-    (known.folder / "helper.py").write_text("x = 1\n")
+    (known.folder / "beside.py").write_text("x = 1\n")
     known.refuses("with the .py files beside it")
-    (known.folder / "helper.py").unlink()
+    (known.folder / "beside.py").unlink()
     assert known.predict() == 0 and known.ran()
 
 

@@ -72,8 +72,7 @@ class Calibration(Wrapper):
     calibrated. per_cluster: M of `select`. mini_clusters: into how many a macro batch is cut; the fewer, the wider the
     neighbourhoods and the softer the confidences. warm_start: k-means goes on from the last batch's centroids; the
     reference starts anew with `restarts` 10. lr_scale: of the calibration head's learning rate. orthogonal_steps: of
-    the initial weights (the reference: 2000). start_restarts, start_iterations: of the k-means that they begin as (the
-    reference: 10 and 300).
+    the initial weights; start_restarts, start_iterations: of their k-means (the reference: 2000; 10 and 300).
     """
 
     wants_prototypes = True
@@ -107,13 +106,12 @@ class Calibration(Wrapper):
         shared = [n for n, view in enumerate(inner.views) if gives_labels and view.used_for == "targets"]
         extra = (View(weak_view, used_for="targets"), View(clean_view, used_for="targets"))
         super().__init__(inner, extra[:1] if shared else extra)
-        self.gives_labels = gives_labels
+        self.gives_labels, self.fresh = gives_labels, True
         self.calibrator, self.start = ClusterMLP(dim, hidden_dim, num_clusters), drawn_seed()
         self.weak, self.clean = len(inner.views), shared[0] if shared else len(inner.views) + 1
         self.per_cluster, self.entropy_weight, self.lr_scale = per_cluster, entropy_weight, lr_scale
         self.restarts, self.iterations, self.warm_start = restarts, iterations, warm_start
-        self.orthogonal_steps, self.fresh = orthogonal_steps, True
-        self.start_options = {"restarts": start_restarts, "iterations": start_iterations}
+        self.start_options = {"steps": orthogonal_steps, "restarts": start_restarts, "iterations": start_iterations}
         self.register_buffer("centroids", torch.zeros(mini_clusters, dim))
         self.register_buffer("warm", torch.zeros((), dtype=torch.bool))
         self.training_buffers += ("centroids", "warm")
@@ -139,8 +137,7 @@ class Calibration(Wrapper):
         training = self.inner.training
         labels = None if anew else self.inner.eval().predict(bank.features).argmax(1)
         self.inner.train(training)
-        options: dict[str, Any] = {**self.start_options, "seed": self.start, "group": bank.group}
-        self.calibrator.init_clusters(bank.features, labels, self.orthogonal_steps, **options)
+        self.calibrator.init_clusters(bank.features, labels, **self.start_options, seed=self.start, group=bank.group)
         if anew and isinstance(layer, ClusterMLP):
             layer.load_state_dict(self.calibrator.state_dict())
 
@@ -189,10 +186,8 @@ class Calibration(Wrapper):
             share = chosen.float().mean() * counts[1] / counts[0]
             mean = self.inner.loss(rows, Targets(kept), batch[chosen])["loss"]
             clustering = clustering + torch.where(share > 0, mean, 0.0) * share
-        logits = self.calibrator(targets["z"])[0]
-        calibration, entropy = calibration_loss(
-            logits, targets["soft"], entropy_weight=self.entropy_weight, group=group
-        )
+        logits, soft = self.calibrator(targets["z"])[0], targets["soft"]
+        calibration, entropy = calibration_loss(logits, soft, entropy_weight=self.entropy_weight, group=group)
         parts = {"clustering": clustering.detach(), "calibration": calibration.detach(), "entropy": entropy.detach()}
         return {"loss": clustering + calibration, "selected": chosen.float().mean(), **parts}
 
