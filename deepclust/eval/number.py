@@ -98,7 +98,7 @@ class _Curves:
         self.near = near[:, :NEIGHBORS].numpy()
         self.peaks = density_peaks((2 - 2 * similarity.double()).numpy(), near.numpy())
         self.values, self.vectors = spectral_components(x, largest + 1, num_neighbors=NEIGHBORS)
-        self.x = torch.from_numpy(principal(x.numpy(), seed)).float()
+        self.x = torch.from_numpy(principal(x.numpy())).float()
         self.tree = linkage(self.x.numpy(), "ward")
         halves = np.random.default_rng([seed, 5]).permutation(len(x))
         self.halves = [self.x[np.sort(part)] for part in np.array_split(halves, 2)]

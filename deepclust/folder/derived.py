@@ -22,6 +22,7 @@ from deepclust.data.store import FeatureStore
 from deepclust.eval.label_free import sample_rows
 from deepclust.folder.duplicates import near_duplicates
 from deepclust.ops import knn
+from deepclust.ops.eigen import eigh, principal_scores
 from deepclust.run_folder import write_atomic
 
 NUM_COMPONENTS = 128
@@ -196,7 +197,7 @@ def leading_directions(features: np.ndarray, rows: np.ndarray, num: int) -> Tens
     for part in _chunks(rows):
         x = unit_rows(features, part)
         total += (x.T @ x).double()
-    return torch.linalg.eigh(total).eigenvectors[:, -num:].flip(1).float().contiguous()
+    return eigh(total)[1][:, -num:].flip(1).float().contiguous()
 
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
@@ -206,7 +207,6 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
 
 def embed(x: np.ndarray) -> np.ndarray:
     """(m, 2) float32 t-SNE positions, centred, the farthest at distance 1; a line where there are too few for it."""
-    from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     from deepclust.clusterers import calm
@@ -214,7 +214,7 @@ def embed(x: np.ndarray) -> np.ndarray:
     if len(x) < 5 or (x == x[0]).all():
         return np.linspace([-1, 0], [1, 0], len(x), dtype=np.float32)
     with calm():
-        reduced = PCA(min(30, *x.shape), svd_solver="full").fit_transform(x.astype(np.float64))
+        reduced = principal_scores(x, min(30, *x.shape))
         perplexity = min(30.0, (len(x) - 1) / 3)
         found = TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(reduced)
     found = found - found.mean(0)
