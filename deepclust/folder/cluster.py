@@ -6,41 +6,30 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from deepclust.clusterers import cluster as cluster_rows
 from deepclust.data.folders import list_folder, printable
 from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
-from deepclust.eval.choice import DEFAULT, choose, criteria
+from deepclust.estimates import Estimates
 from deepclust.extract import FINISHED, STOPPED, Asked, default_store, fill
 from deepclust.folder.derived import Derived
+from deepclust.folder.find import carry, find_clusters
 from deepclust.folder.grow import append, inherit
 from deepclust.folder.run import FolderRun
 from deepclust.folder.speed import seconds_for
 from deepclust.folder.state import NOISE, State
-from deepclust.folder.votes import Landmarks, trust_in
-from deepclust.heads.votes import vote
 from deepclust.loggers.console import ConsoleLogger
 from deepclust.loggers.progress import clock_time
 from deepclust.run_folder import NotWritten, release_lock, take_lock
 
 CANDIDATES = ("diffusion", "spectral", "spherical_kmeans")
-COLUMNS = {
-    "neighbor_agreement": "agreement",
-    "silhouette": "silhouette",
-    "consensus": "consensus",
-    "self_prediction": "prediction",
-}
-"""Criteria that are shown, in %."""
 SHOWN = 20
 SHORT = 3.0
-CHUNK = 8192
 
 
 @dataclass
@@ -63,16 +52,6 @@ class Wanted:
         return {"num_clusters": number, "noise": self.noise, "sort": self.sort, "seed": self.seed} | {
             "clusterers": list(self.clusterers)
         }
-
-
-@dataclass
-class Found:
-    """Clusters of the landmarks: labels (m,) from 0, the largest first; and how they came about."""
-
-    labels: np.ndarray
-    method: str
-    choice: dict[str, dict[str, float]]
-    number: dict[str, Any] | None
 
 
 @dataclass
@@ -200,7 +179,8 @@ def _cluster(
     console: ConsoleLogger,
 ) -> int:
     """What comes after the features."""
-    derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None)
+    estimates = Estimates(lambda text: console.message(text, "warning"))
+    derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None, estimates)
     edited = before is not None and set(before.history.verbs) - {"cluster", "append"}
     same = before is not None and before.facts.get("digest") == derived.key
     place = {"root": str(store.root), "store": str(store.path.resolve())}  # they may have moved
@@ -213,7 +193,8 @@ def _cluster(
         )
     sort = wanted.sort or (before.facts["asked"].get("sort") if before is not None and wanted.append else None)
     alike = before is not None and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}
-    if before is not None and same and (alike or wanted.append):
+    complete = before is not None and (edited or not before.facts.get("missing"))  # else it is tried again
+    if before is not None and same and (wanted.append or (alike and complete)):
         run = FolderRun(out, {**before.facts, **place, "asked": {**before.facts["asked"], "sort": sort}})
         state = run.state()
         console.message("nothing changed since; the files are written anew")
@@ -222,6 +203,7 @@ def _cluster(
         asked = {**before.facts["asked"], "sort": sort}
         known = [*before.facts.get("appended", []), [before.facts["scan"], before.facts["digest"]]]
         now = {"asked": asked, "appended": known, "scan": store.scan, "digest": derived.key, "seconds": {}}
+        now["missing"] = {**before.missing, **estimates.missing}
         run = FolderRun(out, {**before.facts, **place, **now})
         with watch("append"):
             state = append(before, derived)
@@ -231,14 +213,17 @@ def _cluster(
     if watch.seconds["features"] < SHORT:  # too short for an estimate of its own
         left = seconds_for(len(derived), wanted.num_clusters, derived=derived.there)
         console.message(f"about {clock_time(left)} (h:mm:ss) from here to the report")
-    found = _find(wanted, derived, watch, console)
+    with watch("neighbours and map"):
+        _ = derived.map, derived.neighbors  # made now, whatever k
+    x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
+    found = find_clusters(x, wanted.num_clusters, wanted.clusterers, wanted.seed, estimates, watch, console)
     with watch("confidence"):
-        landmarks, state = _carry(derived, found, wanted, store)
+        landmarks, state = carry(derived, found.labels, wanted.noise, wanted.seed, estimates)
     if before is not None:
         state = inherit(before.state(), state)
     facts = {**place, "backbone": backbone, "scan": store.scan}
     facts |= {"digest": derived.key, "asked": wanted.told(), "clusterer": found.method, "choice": found.choice}
-    facts |= {"criterion": DEFAULT, "number": found.number, "seconds": {}}
+    facts |= {"criterion": found.criterion, "number": found.number, "missing": estimates.missing, "seconds": {}}
     run = FolderRun(out, facts)
     landmarks.save(out)
     run.history.begin("cluster", state)
@@ -251,68 +236,6 @@ def _check_number(wanted: Wanted, derived: Derived) -> None:
     if count < 3 or (wanted.num_clusters or 2) >= count:
         left = f", {len(derived) - count:,} of them near-duplicates of others" if count < len(derived) else ""
         raise _not_so_many(wanted, f"{len(derived):,} image(s) can be read{left}", count)
-
-
-def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> Found:
-    """Clusters of the landmarks."""
-    with watch("neighbours and map"):
-        _ = derived.map, derived.neighbors  # made now, whatever k
-    x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
-    number, num_clusters = None, wanted.num_clusters
-    if num_clusters is None:
-        console.message("number of clusters ...")
-        from deepclust.eval.number import estimate_number
-
-        with watch("number"):
-            estimate = estimate_number(x, seed=wanted.seed)
-        num_clusters, number = max(2, estimate.k), asdict(estimate)
-        console.message(estimate.statement)
-    clusterings, choice = {}, {}
-    with watch("cluster"):
-        for name in wanted.clusterers:
-            began = time.monotonic()
-            try:
-                clusterings[name] = cluster_rows(name, x, num_clusters, seed=wanted.seed).labels
-            except UserError as error:
-                console.message(f"{name} is left out: {error}", "warning")
-                continue
-            choice[name] = {"seconds": time.monotonic() - began}
-        measured = criteria(x, clusterings, seed=wanted.seed)
-    for name, figures in measured.items():
-        choice[name] |= figures
-    method = choose(measured)
-    columns = ["clusterer", *COLUMNS.values(), "seconds"]
-    rows = [
-        [name, *(round(100 * each[key], 1) for key in COLUMNS), round(each["seconds"], 1)]
-        for name, each in choice.items()
-    ]
-    console.table(f"chosen by {DEFAULT}: {method}", columns, rows)
-    sizes = np.bincount(clusterings[method], minlength=num_clusters)
-    place = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
-    return Found(place[clusterings[method]], method, choice, number)
-
-
-def _carry(derived: Derived, found: Found, wanted: Wanted, store: FeatureStore) -> tuple[Landmarks, State]:
-    """Clusters of all images from those of the landmarks; near-duplicates have that of their original."""
-    x = derived.x[torch.from_numpy(derived.landmarks)]
-    trust = trust_in(x, found.labels, wanted.seed)
-    num_clusters = int(found.labels.max()) + 1
-    labels, weights = torch.from_numpy(found.labels), torch.from_numpy(trust)
-    values, places = derived.nearest
-    cluster, confidence = np.zeros(len(derived), dtype=np.int64), np.zeros(len(derived), dtype=np.float32)
-    for start in range(0, len(derived), CHUNK):
-        part = slice(start, start + CHUNK)
-        near = places[part]
-        most = vote(values[part], labels[near], weights[near], num_clusters).max(dim=1)
-        confidence[part], cluster[part] = most.values.numpy(), most.indices.numpy()
-    original = np.where(derived.copy_of >= 0, derived.copy_of, np.arange(len(derived)))
-    cluster, confidence = cluster[original], confidence[original]
-    if wanted.noise:
-        cluster = np.where(derived.outlying[original], NOISE, cluster)
-    landmarks = Landmarks(derived.rows[derived.landmarks], x.numpy().astype(np.float16), trust, derived.basis.numpy())
-    copies = np.where(derived.copy_of >= 0, derived.rows[derived.copy_of], -1)
-    nobody = np.zeros(len(derived), dtype=bool)
-    return landmarks, State(derived.rows, cluster, confidence, derived.map, copies, nobody, {}, num_clusters)
 
 
 def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> int:
@@ -328,7 +251,8 @@ def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, 
     run.save()
     kept = state.kept
     counts = {each: int((state.cluster[kept] == each).sum()) for each in [*state.ids, NOISE]}
-    sure = {each: float(state.confidence[kept][state.cluster[kept] == each].mean()) for each in counts if counts[each]}
+    confidence = run.confidence(state)[kept]
+    sure = {each: float(confidence[state.cluster[kept] == each].mean()) for each in counts if counts[each]}
     order = sorted((each for each in counts if counts[each]), key=lambda each: -counts[each])
     rows = [[state.title(each), counts[each], round(100 * sure[each], 1)] for each in order[:SHOWN]]
     console.table(f"{len(state.ids)} clusters", ["", "images", "mean confidence %"], rows)

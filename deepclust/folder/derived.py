@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.data.store import FeatureStore
+from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
 from deepclust.folder.duplicates import near_duplicates
 from deepclust.ops import knn
@@ -30,16 +31,28 @@ NUM_COMPONENTS = 128
 NUM_NEIGHBORS = 15
 NUM_LANDMARKS = 4000
 """Images that are clustered; all others follow the nearest of them."""
+OF_LANDMARKS = ("nearest", "map", "outliers")
+"""Parts that are made of the landmarks."""
 CHUNK = 8192
 
 Arrays = dict[str, np.ndarray]
 
 
 class Derived:
-    """Parts are made when first asked for. rows: (n,) int64 of the store. told: called with what is being made."""
+    """Parts are made when first asked for. rows: (n,) int64 of the store. told: called with what is being made.
 
-    def __init__(self, store: FeatureStore, backbone: str, told: Callable[[str], None] = lambda what: None) -> None:
+    estimates: knows which of near-duplicates, map and outliers failed; then there is none of them.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        backbone: str,
+        told: Callable[[str], None] = lambda what: None,
+        estimates: Estimates | None = None,
+    ) -> None:
         self.store, self.backbone, self.told = store, backbone, told
+        self.estimates = estimates or Estimates()
         self.rows = store.rows(backbone)
         digest = hashlib.sha256(f"{backbone} {store.digest(backbone)}".encode())
         for column in (self.rows, store.perceptual[self.rows], store.has_perceptual[self.rows]):
@@ -72,7 +85,10 @@ class Derived:
     @cached_property
     def copy_of(self) -> np.ndarray:
         """(n,) int64: place of the image that this one is a near-duplicate of, -1 for none."""
-        return self._kept("duplicates", self._duplicates, "near-duplicates")["copy_of"]
+        found = self.estimates("near-duplicates", lambda: self._kept("duplicates", self._duplicates, "near-duplicates"))
+        if found is None:
+            return np.full(len(self), -1, dtype=np.int64)
+        return found["copy_of"]
 
     @cached_property
     def landmarks(self) -> np.ndarray:
@@ -88,8 +104,9 @@ class Derived:
 
     @cached_property
     def map(self) -> np.ndarray:
-        """(n, 2) float32 positions on a t-SNE map (van der Maaten and Hinton 2008) of the landmarks."""
-        return self._kept("map", self._map, "a map")["positions"]
+        """(n, 2) float32 positions on a t-SNE map (van der Maaten and Hinton 2008) of landmarks; NaN without one."""
+        found = self.estimates("map", lambda: self._kept("map", self._map, "a map"))
+        return np.full((len(self), 2), np.nan, dtype=np.float32) if found is None else found["positions"]
 
     @cached_property
     def outlying(self) -> np.ndarray:
@@ -98,7 +115,8 @@ class Derived:
         Their local outlier factor (Breunig et al. 2000) among 20 neighbours, fewer of few landmarks, is more than three
         times the interquartile range above the upper quartile of the landmarks' (Tukey's rule for what is far out).
         """
-        return self._kept("outliers", self._outliers, "outliers")["outlying"]
+        found = self.estimates("outliers", lambda: self._kept("outliers", self._outliers, "outliers"))
+        return np.zeros(len(self), dtype=bool) if found is None else found["outlying"]
 
     @property
     def there(self) -> bool:
@@ -114,10 +132,16 @@ class Derived:
         made, path = make(), self._path(name)
         path.parent.mkdir(exist_ok=True)
         buffer = io.BytesIO()
-        columns: dict[str, Any] = {"key": np.array(self.key), **made}
+        columns: dict[str, Any] = {"key": np.array(self._key(name)), **made}
         np.savez(buffer, **columns)
         write_atomic(path, buffer.getvalue())
         return made
+
+    def _key(self, name: str) -> str:
+        """What a part must have been made from. Without near-duplicates all images are landmarks, which are others."""
+        if name in OF_LANDMARKS and (self.copy_of < 0).all() and "near-duplicates" in self.estimates.missing:
+            return f"{self.key} without near-duplicates"
+        return self.key
 
     def _path(self, name: str) -> Path:
         return self.store.path / "derived" / f"{name}-{self.backbone}.npz"
@@ -125,7 +149,7 @@ class Derived:
     def _read(self, name: str) -> Arrays | None:
         try:
             with np.load(self._path(name), allow_pickle=False) as content:
-                if str(content["key"]) == self.key:
+                if str(content["key"]) == self._key(name):
                     return {part: content[part] for part in content.files if part != "key"}
         except (OSError, KeyError, ValueError):
             pass

@@ -95,10 +95,12 @@ def listing(run: FolderRun) -> list[str]:
     state = run.state()
     kept = state.kept
     lines = ["   id  images  confidence  name"]
+    unknown = "confidence" in run.missing
     for cluster in [*state.ids, *([NOISE] if (state.cluster[kept] == NOISE).any() else [])]:
         own = kept[state.cluster[kept] == cluster]
         name = "noise" if cluster == NOISE else state.names.get(cluster, "")
-        lines.append(f"{cluster:5d} {len(own):7,d} {state.confidence[own].mean():11.2f}  {name}".rstrip())
+        sure = "unknown" if unknown else f"{state.confidence[own].mean():.2f}"
+        lines.append(f"{cluster:5d} {len(own):7,d} {sure:>11}  {name}".rstrip())
     if state.excluded.any():
         lines.append(f"{int(state.excluded.sum()):,} image(s) taken out")
     return [*lines, f"history: {', '.join(run.history.verbs)}"]

@@ -39,8 +39,9 @@ class FolderRun:
     `backbone`, its name in the store; `asked` {"num_clusters": K or "auto", "noise": bool, "sort": "copy", "symlink" or
     null, "seed": int, "clusterers": [name]}; `scan` and `digest`, of the store when the images were last taken in, and
     `appended`, those before each append; `shown`, the SHA-256 of the state that the files show; `clusterer`, the method
-    that was chosen; `choice` {method: {"seconds", criterion: value}}; `criterion`, the one that chose; `number`, how K
-    was found, or null; `seconds` {part: seconds}.
+    that was chosen; `choice` {method: {"seconds", criterion: value} or {"failed": why}}; `criterion`, the one that
+    chose, or null; `number`, how K was found, or null; `missing` {estimate: why it could not be had}; `seconds` {part:
+    seconds}.
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
@@ -100,6 +101,16 @@ class FolderRun:
         from deepclust.folder.derived import unit_rows
 
         return unit_rows(self.store.features(self.facts["backbone"]), rows).numpy()
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Why estimates could not be had, by name: `confidence`, `map`, `near-duplicates`, `outliers`, ..."""
+        return self.facts.get("missing") or {}
+
+    def confidence(self, state: State) -> np.ndarray:
+        """(n,) float32 as they are given out: NaN where nothing tells how far the votes can be trusted."""
+        unknown = np.full_like(state.confidence, np.nan)
+        return unknown if "confidence" in self.missing else state.confidence
 
     def state(self) -> State:
         """Clusters as they are now."""
