@@ -20,9 +20,10 @@ from deepclust.extract import FINISHED, STOPPED, Asked, default_store, fill
 from deepclust.folder.derived import Derived
 from deepclust.folder.find import carry, find_clusters
 from deepclust.folder.grow import append, inherit
-from deepclust.folder.run import FolderRun
+from deepclust.folder.run import FACTS, FolderRun, NewerRun
 from deepclust.folder.speed import seconds_for
-from deepclust.folder.state import NOISE, State
+from deepclust.folder.state import NOISE, History, State
+from deepclust.folder.votes import NEXT, DamagedLandmarks, Landmarks, landmarks_again, settle_landmarks
 from deepclust.loggers.console import ConsoleLogger
 from deepclust.loggers.progress import clock_time
 from deepclust.run_folder import NotWritten, release_lock, take_lock
@@ -80,7 +81,7 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
         count = len(listing.paths)
         raise _not_so_many(wanted, f"{printable(str(listing.root))} holds {count:,} image(s)", count)
     out = wanted.out or default_run(listing.root, wanted.num_clusters)
-    before = _existing(out, wanted, listing.root)
+    before = _existing(out, wanted, listing.root, console)
     console.message(_plan(wanted, listing.root, len(listing.paths), out, before))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -118,24 +119,36 @@ def _not_so_many(wanted: Wanted, what: str, count: int) -> UserError:
     return UserError(f"-k {wanted.num_clusters or 'auto'}: {what}; {advice}")
 
 
-def _existing(out: Path, wanted: Wanted, root: Path) -> FolderRun | None:
-    """The run that is at this place, None where there is none or where a new one is asked for."""
-    try:
-        run = FolderRun.open(out)
-        run.history.current()
-    except UserError:
+def _existing(out: Path, wanted: Wanted, root: Path, console: ConsoleLogger) -> FolderRun | None:
+    """The run that is at this place, None where there is none, where it is to be forgotten or cannot be read.
+
+    Raises UserError for a run that cannot be read and was edited: only --new may lose that.
+    """
+    history = History(out)
+    if not (out / FACTS).exists() and not history.files():
         if wanted.append:
             raise UserError(
                 f"--append: there are no clusters in {out} yet; leave it out, or give their folder with --out"
-            ) from None
-        ours = (out / "run.json").exists() or (out / "history").exists()
-        if not ours and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise UserError(f"--out {out} holds other files; choose another folder") from None
+            )
+        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise UserError(f"--out {out} holds other files; choose another folder")
+        return None
+    if wanted.new:
+        return None
+    try:
+        run = FolderRun.open(out)
+        run.state()
+    except NewerRun:
+        raise
+    except UserError as error:
+        if wanted.append or len(history.files()) > 1:
+            raise
+        console.message(f"{error}. They are made anew now", "warning")
         return None
     store = (wanted.features.store or default_store(root)).resolve()
-    if not wanted.new and run.facts["store"] != str(store) and Path(run.facts["store"]).exists():
+    if run.facts["store"] != str(store) and Path(run.facts["store"]).exists():
         raise _other_store(run, store)
-    return None if wanted.new else run
+    return run
 
 
 def _other_store(run: FolderRun, store: Path) -> UserError:
@@ -193,8 +206,11 @@ def _cluster(
         )
     sort = wanted.sort or (before.facts["asked"].get("sort") if before is not None and wanted.append else None)
     alike = before is not None and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}
-    complete = before is not None and (edited or not before.facts.get("missing"))  # else it is tried again
-    if before is not None and same and (wanted.append or (alike and complete)):
+    complete = before is not None and (edited or not before.missing)  # else it is tried again
+    stays = wanted.append or (same and alike and complete)
+    if before is not None and stays:
+        _mend_landmarks(before, derived, estimates, console)
+    if before is not None and same and stays:
         run = FolderRun(out, {**before.facts, **place, "asked": {**before.facts["asked"], "sort": sort}})
         state = run.state()
         console.message("nothing changed since; the files are written anew")
@@ -207,7 +223,7 @@ def _cluster(
         run = FolderRun(out, {**before.facts, **place, **now})
         with watch("append"):
             state = append(before, derived)
-        run.history.push("append", state)
+        run.push("append", state)
         return _conclude(run, state, derived, watch, console)
     _check_number(wanted, derived)
     if watch.seconds["features"] < SHORT:  # too short for an estimate of its own
@@ -224,10 +240,22 @@ def _cluster(
     facts = {**place, "backbone": backbone, "scan": store.scan}
     facts |= {"digest": derived.key, "asked": wanted.told(), "clusterer": found.method, "choice": found.choice}
     facts |= {"criterion": found.criterion, "number": found.number, "missing": estimates.missing, "seconds": {}}
+    # The step of the history is the moment at which the new clusters count. A stop before it leaves the old ones, with
+    # their landmarks; one behind it leaves what can be put in place by that step: landmarks, run.json, the files.
+    facts["landmarks"] = landmarks.save(out / NEXT)
     run = FolderRun(out, facts)
-    landmarks.save(out)
-    run.history.begin("cluster", state)
+    run.history.begin(state, run.lasting)
+    settle_landmarks(run)
     return _conclude(run, state, derived, watch, console)
+
+
+def _mend_landmarks(run: FolderRun, derived: Derived, estimates: Estimates, console: ConsoleLogger) -> None:
+    """Makes the landmarks of a run anew where they cannot be read."""
+    try:
+        Landmarks.load(run)
+    except DamagedLandmarks as error:
+        console.message(f"{error}. That is done now", "warning")
+        landmarks_again(run, derived, estimates)
 
 
 def _check_number(wanted: Wanted, derived: Derived) -> None:

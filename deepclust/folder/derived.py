@@ -22,6 +22,7 @@ from deepclust.data.store import FeatureStore
 from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
 from deepclust.folder.duplicates import near_duplicates
+from deepclust.npz import Column, Unreadable, read_columns
 from deepclust.ops import knn
 from deepclust.ops.eigen import eigh, principal_scores
 from deepclust.run_folder import write_atomic
@@ -31,6 +32,16 @@ NUM_COMPONENTS = 128
 NUM_NEIGHBORS = 15
 NUM_LANDMARKS = 4000
 """Images that are clustered; all others follow the nearest of them."""
+PARTS = {
+    "projected": {"basis": Column("f", ("d", "p")), "x": Column("f", ("n", "p"))},
+    "neighbors": {"values": Column("f", ("n", "k")), "places": Column("i", ("n", "k"))},
+    "duplicates": {"copy_of": Column("i", ("n",))},
+    "nearest": {"values": Column("f", ("n", "k")), "places": Column("i", ("n", "k"))},
+    "map": {"positions": Column("f", ("n", 2))},
+    "outliers": {"outlying": Column("b", ("n",))},
+}
+OF_IMAGES = ("x", "values", "places", "copy_of", "positions", "outlying")
+"""Arrays with a row for each image."""
 OF_LANDMARKS = ("nearest", "map", "outliers")
 """Parts that are made of the landmarks."""
 CHUNK = 8192
@@ -147,13 +158,25 @@ class Derived:
         return self.store.path / "derived" / f"{name}-{self.backbone}.npz"
 
     def _read(self, name: str) -> Arrays | None:
+        """A part that is on disk, whole and made from what is there now; else None: it is made again."""
         try:
-            with np.load(self._path(name), allow_pickle=False) as content:
-                if str(content["key"]) == self._key(name):
-                    return {part: content[part] for part in content.files if part != "key"}
-        except (OSError, KeyError, ValueError):
-            pass
-        return None
+            if str(read_columns(self._path(name), {"key": Column("U", ())})["key"]) != self._key(name):
+                return None
+            found = read_columns(self._path(name), PARTS[name])
+        except Unreadable:
+            return None
+        return found if self._fits(name, found) else None
+
+    def _fits(self, name: str, found: Arrays) -> bool:
+        """Whether a part has a row for each image, and its places are places."""
+        if any(len(values) != len(self) for part, values in found.items() if part in OF_IMAGES):
+            return False
+        if name == "projected":
+            return len(found["basis"]) == self.store.features(self.backbone).shape[1]
+        places = found.get("places", found.get("copy_of", np.zeros(0)))
+        count = len(self.landmarks) if name == "nearest" else len(self)
+        lowest = -1 if name == "duplicates" else 0
+        return bool(places.min(initial=lowest) >= lowest and places.max(initial=lowest) < count)
 
     def _project(self) -> Arrays:
         features = self.store.features(self.backbone)

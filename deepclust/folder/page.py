@@ -297,15 +297,6 @@ def _commands(run: FolderRun, state: State) -> list[tuple[str, str]]:
     edits = ["merge {0} {1}", "split {0}", 'rename {0} "NAME"', "exclude IMAGE", "undo"]
     return [
         ("Find the clusters of other images", f"deepclust predict {path} IMAGES -o clusters.csv"),
-        ("Take in images that came into the folder since", _append(run)),
+        ("Take in images that came into the folder since", run.append_command()),
         ("Correct the clusters", "\n".join(f"deepclust edit {path} {edit.format(first, second)}" for edit in edits)),
     ]
-
-
-def _append(run: FolderRun) -> str:
-    """The command that goes on with this run's folder, store and backbone."""
-    made_by = run.store.backbone(run.facts["backbone"]).identity.get("made_by") or {}
-    options = {"--out": run.path, "--store": run.facts["store"], "--backbone": made_by.get("name")}
-    options |= {"--weights": made_by.get("weights"), "--size": made_by.get("size")}
-    words = [word for option, value in options.items() if value for word in (option, printable(str(value)))]
-    return shlex.join(["deepclust", "cluster", printable(str(run.root)), "--append", *words])
