@@ -17,11 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deepclust.errors import UserError
+from deepclust.errors import TRACEBACK, UserError, in_short
 from deepclust.signatures import near
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-TRACEBACK = "DEEPCLUST_TRACEBACK"
 LISTED = ("recipe", "head", "data", "backbone", "augment", "optim", "experiment")
 
 HELP = """\
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         shown = bool(os.environ.get(TRACEBACK))
         advice = f"{TRACEBACK}=1 before the command shows the traceback"
-        return _say(traceback.format_exc() if shown else f"{_in_short(error)}\n{advice}", FAILED)
+        return _say(traceback.format_exc() if shown else f"failed: {in_short(error)}\n{advice}", FAILED)
 
 
 def _say(text: str, code: int) -> int:
@@ -219,13 +218,7 @@ def _failed(config: Any, error: Exception) -> int:
     if config.run.traceback:
         return _say(text, FAILED)
     where = f"{log} has the traceback; " if kept else ""
-    return _say(f"{_in_short(error)}\n{where}run.traceback=true shows it", FAILED)
-
-
-def _in_short(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    message = " ".join(str(error).split()) or "no message"
-    return f"failed: {type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"
+    return _say(f"failed: {in_short(error)}\n{where}run.traceback=true shows it", FAILED)
 
 
 # --- other commands -------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from deepclust.heads.base import Bank, Batch, Head, Progress
 from deepclust.ops import kmeans as fit_kmeans
 from deepclust.ops import knn
 from deepclust.ops.diffusion import Diffusion
+from deepclust.ops.eigen import principal_scores
 from deepclust.ops.spectral import spectral_clusters
 
 NEIGHBORS = 15
@@ -117,12 +118,9 @@ def _graph(x: np.ndarray) -> Any:
     return 0.5 * (graph + graph.T)
 
 
-def principal(x: np.ndarray, seed: int) -> np.ndarray:
+def principal(x: np.ndarray) -> np.ndarray:
     """At most 50 principal components (float64), scaled to a mean variance of 1: mixtures add a floor to variances."""
-    from sklearn.decomposition import PCA
-
-    reduced = PCA(min(50, x.shape[1], len(x) - 1), svd_solver="full", random_state=seed)
-    parts = reduced.fit_transform(x.astype(np.float64))
+    parts = principal_scores(x, min(50, x.shape[1], len(x) - 1))
     return parts / max(parts.std(), 1e-12)
 
 
@@ -146,7 +144,7 @@ def _gmm(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     """Full-covariance mixture on principal components, best likelihood of three."""
     from sklearn.mixture import GaussianMixture
 
-    return _mixture(GaussianMixture(num_clusters, n_init=3, reg_covar=1e-4, random_state=seed), principal(x, seed))
+    return _mixture(GaussianMixture(num_clusters, n_init=3, reg_covar=1e-4, random_state=seed), principal(x))
 
 
 def _mixture(mixture: Any, x: np.ndarray) -> Found:
@@ -234,7 +232,7 @@ def _tsne_gmm(x: np.ndarray, num_clusters: int, seed: int) -> Found:
 
     perplexity = min(30.0, (len(x) - 1) / 3)
     embed = TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=seed)
-    embedding = embed.fit_transform(principal(x, seed)).astype(np.float64)
+    embedding = embed.fit_transform(principal(x)).astype(np.float64)
     return _mixture(GaussianMixture(num_clusters, n_init=5, random_state=seed), embedding)
 
 

@@ -128,7 +128,7 @@ def _of_file(path: Path, model: RunModel) -> Source:
     columns = load_columns(str(path), "PATH", mapped=True)
     features = columns["features"]
     _check_columns(features, model, path)
-    names = [str(name) for name in columns.get("paths", range(len(features)))]
+    names = [str(name) for name in np.ravel(columns.get("paths", range(len(features))))]
     if len(names) != len(features):
         raise UserError(f"{path}: {len(names)} paths for {len(features)} rows of features")
     return Source(names, read=lambda first, last: features[first:last], file=path)

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -275,7 +275,7 @@ def _hooks(run: Run, stage: Stage, images: ImageSet) -> Hooks:
         log=log,
         status=status,
         failure=failure,
-        warn=lambda text: run.tell(text, "warning"),
+        warn=_warn(run),
         stop_requested=lambda: run.world.any(run.stop.requested),
         interruptible=run.interruptible,
         save_every_steps=run.config.checkpoint.every_steps,
@@ -303,7 +303,7 @@ def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
     before = run.done[-1] if run.done else None
     first = run.done[0] if run.done else result
     if run.world.is_main:
-        results.score_stage(result, first, before, run.data, run.num_clusters, run.config.eval)
+        results.score_stage(result, first, before, run.data, run.num_clusters, run.config.eval, _warn(run))
         if reads:
             result.scores["reads"] = reads
         alarm = CollapseAlarm(stage.name)
@@ -316,6 +316,10 @@ def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
         ):
             run.tell(line, "warning")
     run.done.append(result)
+
+
+def _warn(run: Run) -> Callable[[str], None]:
+    return lambda text: run.tell(text, "warning")
 
 
 def _finish(run: Run) -> None:

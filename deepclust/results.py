@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from deepclust.data.image_set import ImageData, ImageSet
+from deepclust.estimates import Estimates
 from deepclust.eval.baselines import NAMES, baselines, chosen
-from deepclust.eval.label_free import better_stage, label_free_scores
+from deepclust.eval.label_free import better_stage, churn, label_free_scores, neighbor_agreement, silhouette
 from deepclust.eval.metrics import BY_CLASS, LONG_TAILED, clustering_scores, imbalance
 from deepclust.eval.probes import knn_probe, linear_probe
 from deepclust.loggers import Loggers
@@ -58,10 +59,14 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Ground:
-    """What the first stage's features give to measure every stage by: neighbours (N, k) and independent clusterings."""
+    """What the first stage's features give to measure every stage by: neighbours (N, k) and independent clusterings.
 
-    graph: np.ndarray
+    missing: why one of them is None, by the score that rests on it.
+    """
+
+    graph: np.ndarray | None
     opinions: SecondOpinions | None
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def predict_split(network: Network, features: torch.Tensor, rows: torch.Tensor) -> Split:
@@ -81,10 +86,16 @@ def neighbor_graph(features: np.ndarray, num_neighbors: int) -> np.ndarray:
     return graph.numpy()
 
 
-def ground_of(features: np.ndarray, num_clusters: int, settings: EvalSettings) -> Ground:
-    """What the first stage's features (N, D) give to measure every stage by."""
-    opinions = ask(features, num_clusters) if settings.calibration else None
-    return Ground(neighbor_graph(features, settings.graph_neighbors), opinions)
+def ground_of(
+    features: np.ndarray, num_clusters: int, settings: EvalSettings, tell: Callable[[str], None] | None = None
+) -> Ground:
+    """What the first stage's features (N, D) give to measure every stage by. tell: is given what is missing."""
+    estimates = Estimates(tell, "what stages are compared by")
+    opinions = None
+    if settings.calibration:
+        opinions = estimates("calibration", lambda: ask(features, num_clusters))
+    graph = estimates("neighbor_agreement", lambda: neighbor_graph(features, settings.graph_neighbors))
+    return Ground(graph, opinions, estimates.missing)
 
 
 def score_stage(
@@ -94,37 +105,58 @@ def score_stage(
     data: ImageData,
     num_clusters: int,
     settings: EvalSettings,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
-    """Fills `scores`: label-free ones always, the others where there are labels. first, before: stages before it."""
-    first.ground = ground = first.ground or ground_of(first.train.features, num_clusters, settings)
-    graph = ground.graph
-    previous = None if before is None else before.train.clusters
-    if previous is not None and len(previous) != len(result.train.clusters):
-        previous = None
-    same_rows = len(graph) == len(result.train.clusters)
+    """Fills `scores`: label-free ones always, the others where there are labels. first, before: stages before it.
+
+    One that fails is None, and `missing` says why; tell: is given a line on it.
+    """
+    first.ground = ground = first.ground or ground_of(first.train.features, num_clusters, settings, tell)
+    estimates = Estimates(tell, result.name)
     scores: dict[str, Any] = {"seconds": result.seconds}
-    scores.update(
-        label_free_scores(
-            result.train.clusters,
-            num_clusters,
-            confidence=result.train.confidence,
-            features=result.train.features,
-            graph=graph if same_rows else None,
-            previous=previous,
-        )
-    )
-    scores.update(_labelled_scores(result.train, data.train, None))
+    scores.update(_label_free_scores(result, before, ground, num_clusters, estimates))
     classes = _classes(data.train, result.train)
-    if same_rows and ground.opinions is not None:
-        scores["calibration"] = _plain(
-            trust(result.network, result.train.features, classes, ground.opinions, num_clusters)
+    scores.update(_labelled_scores(result.train, data.train, None, estimates))
+    if ground.opinions is not None and _fits(ground, first, result):
+        opinions = ground.opinions
+        scores["calibration"] = estimates(
+            "calibration",
+            lambda: _plain(trust(result.network, result.train.features, classes, opinions, num_clusters)),
         )
     if classes is not None and settings.probes:
-        scores["knn_probe"] = knn_probe(result.train.features, classes)
-        scores["linear_probe"] = linear_probe(result.train.features, classes)
+        scores["knn_probe"] = estimates("knn_probe", lambda: knn_probe(result.train.features, classes))
+        scores["linear_probe"] = estimates("linear_probe", lambda: linear_probe(result.train.features, classes))
     if result.test is not None and data.test is not None:
-        scores["test"] = _labelled_scores(result.test, data.test, _class_sizes(data.train))
-    result.scores = scores
+        tests = Estimates(tell, f"{result.name}, held-out images")
+        scores["test"] = _labelled_scores(result.test, data.test, _class_sizes(data.train), tests)
+        estimates.missing.update({f"test {name}": reason for name, reason in tests.missing.items()})
+    missing = {**ground.missing, **estimates.missing}
+    result.scores = {**scores, **dict.fromkeys(ground.missing)}
+    if missing:
+        result.scores["missing"] = missing
+
+
+def _label_free_scores(
+    result: StageResult, before: StageResult | None, ground: Ground, num_clusters: int, estimates: Estimates
+) -> dict[str, Any]:
+    """What can be said about the clusters without labels."""
+    split, graph = result.train, ground.graph
+    scores: dict[str, Any] = label_free_scores(split.clusters, num_clusters, confidence=split.confidence)
+    scores["silhouette"] = estimates("silhouette", lambda: silhouette(split.features, split.clusters))
+    if graph is not None and len(graph) == len(split.clusters):
+        scores["neighbor_agreement"] = estimates(
+            "neighbor_agreement", lambda: neighbor_agreement(split.clusters, graph)
+        )
+    previous = None if before is None else before.train.clusters
+    if previous is not None and len(previous) == len(split.clusters):
+        scores["churn"] = estimates("churn", lambda: churn(previous, split.clusters))
+    return scores
+
+
+def _fits(ground: Ground, first: StageResult, result: StageResult) -> bool:
+    """Whether a stage clustered as many images as what it is measured by."""
+    known = first.train.clusters if ground.graph is None else ground.graph
+    return len(known) == len(result.train.clusters)
 
 
 def _classes(images: ImageSet, split: Split) -> np.ndarray | None:
@@ -143,12 +175,16 @@ def _class_sizes(images: ImageSet) -> dict[int, int] | None:
     return dict(zip(names.tolist(), sizes.tolist()))
 
 
-def _labelled_scores(split: Split, images: ImageSet, class_sizes: dict[int, int] | None) -> dict[str, Any]:
+def _labelled_scores(
+    split: Split, images: ImageSet, class_sizes: dict[int, int] | None, estimates: Estimates
+) -> dict[str, Any]:
     """class_sizes: of the set that was trained on, by which head, medium and tail classes are told; None = this one."""
     classes = _classes(images, split)
     if classes is None:
         return {}
-    scores = clustering_scores(split.clusters, classes, class_sizes=class_sizes)
+    scores = estimates("acc", lambda: clustering_scores(split.clusters, classes, class_sizes=class_sizes))
+    if scores is None:
+        return dict.fromkeys(SCORES)
     return {name: _plain(value) for name, value in scores.items()}
 
 
@@ -184,10 +220,13 @@ def run_baselines(
     scores: dict[str, Any] = {}
     for name, labels in found.labels.items():
         entry: dict[str, Any] = {"samples": len(found.index), "seconds": found.seconds.get(name)}
-        if labels is None:
-            entry["failed"] = found.reasons[name]
+        estimates = Estimates()
+        measured = None
+        if labels is not None:
+            measured = estimates(name, lambda labels=labels: clustering_scores(labels, classes[found.index]))
+        if measured is None:
+            entry["failed"] = found.reasons.get(name) or estimates.missing[name]
         else:
-            measured = clustering_scores(labels, classes[found.index])
             entry.update({key: measured[key] for key in (*SCORES, *BY_CLASS) if key in measured})
         scores[name] = entry
     return scores
@@ -215,7 +254,8 @@ def keep_best(results: Sequence[StageResult]) -> tuple[StageResult, str]:
     stand only where no stage has clusters of its own.
     """
     own = [result for result in results if "reads" not in result.scores] or list(results)
-    name, why = better_stage({result.name: result.scores.get("neighbor_agreement", 0.0) for result in own})
+    measured = {result.name: result.scores.get("neighbor_agreement") for result in own}
+    name, why = better_stage(measured)
     if 1 < len(own) < len(results):
         why += " A pretext's k-means is not compared: the graph is made of the features it divides."
     return next(result for result in results if result.name == name), why
@@ -223,7 +263,8 @@ def keep_best(results: Sequence[StageResult]) -> tuple[StageResult, str]:
 
 def table_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of the result table, from summary.json alone."""
-    shown = [key for key in _shown_scores(summary) if any(key in scores for scores in summary["stages"].values())]
+    stages = summary["stages"].values()
+    shown = [key for key in _shown_scores(summary) if any(scores.get(key) is not None for scores in stages)]
     columns = ["", *(COLUMN_WORDS[key] for key in shown), "agreement", "used", "seconds"]
     rows = []
     for name, scores in summary["stages"].items():
@@ -284,7 +325,7 @@ def _shown_scores(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _percent(scores: Mapping[str, Any], shown: Sequence[str]) -> list[str | None]:
-    cells = [f"{100 * scores[name]:.1f}" if name in scores else None for name in shown]
+    cells = [f"{100 * scores[name]:.1f}" if scores.get(name) is not None else None for name in shown]
     if "head_acc" in shown and "tail_acc" in scores:
         groups = (scores[name] for name in ("head_acc", "medium_acc", "tail_acc"))
         cells[shown.index("head_acc")] = "/".join(f"{100 * value:.0f}" for value in groups)
@@ -339,9 +380,19 @@ def write_page(
         summary=summary,
         galleries=galleries,
         curves=metric_curves(read_metrics(folder.path / "metrics.jsonl")),
+        notes=missing_lines(summary),
         commands=commands,
         skipped=[f"{skipped.path}: {skipped.reason}" for skipped in images.skipped],
     )
+
+
+def missing_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line on each score of a stage that could not be had, from summary.json."""
+    return [
+        f"{stage}: {name.replace('_', ' ')} is missing: {reason}"
+        for stage, scores in summary["stages"].items()
+        for name, reason in scores.get("missing", {}).items()
+    ]
 
 
 def write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:

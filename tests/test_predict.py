@@ -26,7 +26,7 @@ from deepclust.data.folders import printable
 from deepclust.data.store import FeatureStore
 from deepclust.folder.derived import Derived
 from deepclust.folder.state import relabelled
-from deepclust.folder.votes import Landmarks, save_model
+from deepclust.folder.votes import FILE, Landmarks, save_model
 from deepclust.predict import STOPPED
 from tests.folder.toys import toy_photos, toy_run
 from tests.runs import pixels, small_run
@@ -377,7 +377,7 @@ def test_a_run_of_deepclust_cluster_names_its_clusters(tmp_path: Path, capsys: p
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x[torch.from_numpy(derived.landmarks)].numpy().astype(np.float16)
     rows_of = derived.rows[derived.landmarks]
-    Landmarks(rows_of, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path)
+    Landmarks(rows_of, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path / FILE)
     state = run.state()
     merged = relabelled(state, np.where(state.cluster == 1, 2, state.cluster), names={2: "not blue"})
     run.history.push("merge", merged)

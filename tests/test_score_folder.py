@@ -10,7 +10,7 @@ import pytest
 
 from deepclust.folder.derived import Derived
 from deepclust.folder.state import relabelled
-from deepclust.folder.votes import Landmarks
+from deepclust.folder.votes import FILE, Landmarks
 from tests.folder.toys import toy_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -25,7 +25,7 @@ def test_clusters_that_are_the_classes_score_full_and_merged_ones_less(
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x.numpy()[derived.landmarks].astype(np.float16)
     trust = np.ones(len(x), dtype=np.float32)
-    Landmarks(derived.rows[derived.landmarks], x, trust, derived.basis.numpy()).save(run.path)
+    Landmarks(derived.rows[derived.landmarks], x, trust, derived.basis.numpy()).save(run.path / FILE)
     found = score_folder.scores_of(run)
     assert found["acc"] == found["macro_acc"] == 1 and found["nmi"] == pytest.approx(1)
     state = run.state()

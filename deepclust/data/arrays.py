@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepclust.errors import UserError
+from deepclust.npz import Unreadable, read_arrays
 
 
 def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False) -> np.ndarray:
@@ -22,20 +23,21 @@ def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False
     path = Path(os.path.expanduser(file))
     if not path.is_file():
         raise UserError(f"{key}={file}: there is no such file.")
+    there: list[str] = []
+
+    def choose(found: list[str]) -> list[str]:
+        there.extend(found)
+        known = [name for name in names if name in found]
+        return known[:1] or (found if len(found) == 1 else [])
+
     try:
-        content = np.load(path, "r" if mapped else None, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content
-        name = next((name for name in names if name in content.files), None)
-        if name is None and len(content.files) == 1:
-            name = content.files[0]
-        if name is not None:
-            return content[name]
-    except Exception as error:  # NumPy raises anything from ValueError to zipfile's errors on a broken file
-        pickled = "pickle" in str(error)
-        why = "it holds Python objects, which are never loaded" if pickled else " ".join(str(error).split())
-        raise UserError(f"{key}={file}: cannot be read as a NumPy file: {why}.") from error
-    raise UserError(f"{key}={file}: holds {', '.join(content.files)}; expected an array called {' or '.join(names)}.")
+        content = read_arrays(path, choose, mapped)
+    except Unreadable as error:
+        raise UserError(f"{key}={file}: {error}.") from error
+    if not content:
+        raise UserError(f"{key}={file}: holds {', '.join(there)}; expected an array called {' or '.join(names)}.")
+    (array,) = content.values()
+    return array
 
 
 LAYOUTS = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; one image may be (H, W, 3) or (H, W, 1)"

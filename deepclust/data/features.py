@@ -16,6 +16,7 @@ from deepclust.data.folders import NO_SPLIT, Listing, by_protocol, natural, prin
 from deepclust.data.image_set import ImageData, Skipped, as_classes, set_of_arrays
 from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
+from deepclust.npz import Unreadable, read_arrays
 from deepclust.schema import Imbalance
 
 
@@ -118,12 +119,13 @@ def load_columns(file: str, key: str, mapped: bool = False) -> dict[str, np.ndar
         return _from_safetensors(path, f"{key}={file}")
     found = {"features": load_array(file, key, ("features", "x"), mapped)}
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as content:
-            names = {"labels": ("labels", "y"), "splits": ("splits",), "paths": ("paths",)}
-            for column, options in names.items():
-                name = next((name for name in options if name in content.files), None)
-                if name is not None:
-                    found[column] = content[name]
+        options = {"labels": "labels", "y": "labels", "splits": "splits", "paths": "paths"}
+        try:
+            content = read_arrays(path, lambda names: [name for name in options if name in names])
+        except Unreadable as error:
+            raise UserError(f"{key}={file}: {error}.") from error
+        for name, values in content.items():
+            found.setdefault(options[name], values)
     return found
 
 
@@ -145,7 +147,7 @@ def _from_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
 
 def _texts(name: str, values: Any, count: int) -> list[str]:
-    texts = [str(value) for value in values]
+    texts = [str(value) for value in np.ravel(values)]
     if len(texts) != count:
         raise UserError(f"{name}: {len(texts)} entries; expected {count}, one for each row of features.")
     return texts

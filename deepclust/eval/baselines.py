@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from deepclust.clusterers import cluster
-from deepclust.errors import UserError
+from deepclust.errors import UserError, in_short, show_where
+from deepclust.estimates import ends_the_run
 from deepclust.eval.label_free import as_array, sample_rows
 
 NAMES = ("kmeans", "gmm", "spectral", "tsne_gmm", "pixels")
@@ -42,7 +43,7 @@ def baselines(
     """Clusters at most `max_samples` rows, drawn by `seed`, with each baseline asked for.
 
     features: (N, D), tensor or array. which: `all`, `none` or names out of `NAMES`. pixels: (N, P) raw values of the
-    same rows, or None. A baseline that fails is None with a reason; it never ends the run.
+    same rows, or None. A baseline that fails is None with a reason; it ends no run.
     Raises UserError on a name that is no baseline.
     """
     names = chosen(which)
@@ -62,8 +63,11 @@ def baselines(
             else:
                 result.labels[name] = cluster("kmeans", raw, num_clusters, seed=seed, normalize=False).labels
         except Exception as error:  # whatever a library raises: a baseline is a comparison, not the run
+            if ends_the_run(error):
+                raise
             result.labels[name] = None
-            result.reasons[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            result.reasons[name] = in_short(error)
+            show_where(error)
         result.seconds[name] = time.perf_counter() - start
     return result
 

@@ -19,6 +19,7 @@ from deepclust.clusterers import neighbors_of
 from deepclust.eval.label_free import as_array, neighbor_agreement, sample_rows, silhouette
 from deepclust.eval.metrics import as_labels, entropy
 from deepclust.ops.agreement import normalized_mutual_information
+from deepclust.ops.eigen import dense
 
 SINGLE = ("neighbor_agreement", "silhouette", "consensus", "self_prediction")
 CRITERIA = (*SINGLE, "mean_rank", "preference")
@@ -92,7 +93,7 @@ def _left_out(rows: np.ndarray) -> Callable[[np.ndarray], float]:
     """
     centred = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
     wide = centred.shape[1] > len(centred)
-    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
+    values, vectors = dense(centred @ centred.T if wide else centred.T @ centred)
     values = values.clip(0)
     shrink = values / (values + max(values.mean(), 1e-300))
     if wide:

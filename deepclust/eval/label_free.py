@@ -108,22 +108,29 @@ def churn(previous: Any, labels: Any) -> float:
     return 1.0 - float(counts[rows, columns].sum() / counts.sum())
 
 
-def better_stage(candidates: Mapping[str, float]) -> tuple[str, str]:
+def better_stage(candidates: Mapping[str, float | None]) -> tuple[str, str]:
     """The stage whose clusters are kept, and one sentence that says why.
 
     candidates: neighbour agreement by stage, in the order the stages were trained. The highest is kept; ties keep the
-    earlier. NaN never wins. Raises ValueError without candidates.
+    earlier. NaN and None, an agreement that is missing, never win; where all are, the last stage is kept, where the
+    recipe ends. Raises ValueError without candidates.
     """
     if not candidates:
         raise ValueError("no stage gave clusters: there is nothing to keep")
-    kept, *later = candidates
-    for name in later:
-        if candidates[name] > candidates[kept] + TIE or candidates[kept] != candidates[kept]:
-            kept = name
-    others = [f"{name} {value:.4f}" for name, value in candidates.items() if name != kept]
-    if not others:
+    if len(candidates) == 1:
+        (kept,) = candidates
         return kept, f"{kept} is the only stage that gives clusters."
+    values = {name: float("nan") if value is None else value for name, value in candidates.items()}
+    if all(value != value for value in values.values()):
+        *_, kept = values
+        return kept, f"{kept} is kept, the last stage: how neighbours agree on the stages' clusters is not known."
+    kept, *later = values
+    for name in later:
+        if values[name] > values[kept] + TIE or values[kept] != values[kept]:
+            kept = name
+    words = {name: "is not known" if value != value else f"{value:.4f}" for name, value in values.items()}
+    others = [f"{name} {text}" for name, text in words.items() if name != kept]
     return kept, (
         f"{kept} is kept: on the pretext's neighbour graph its clusters agree best beyond chance "
-        f"({candidates[kept]:.4f}; {', '.join(others)}); no label was used, and a tie keeps the earlier stage."
+        f"({values[kept]:.4f}; {', '.join(others)}); no label was used, and a tie keeps the earlier stage."
     )

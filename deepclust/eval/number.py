@@ -16,8 +16,8 @@ labels, and how often `low` to `high` holds the truth, is measured by `scripts/c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.clusterers import principal
+from deepclust.estimates import Estimates
 from deepclust.eval.label_free import as_array, sample_rows
 from deepclust.ops import kmeans, knn
 from deepclust.ops.spectral import spectral_components
@@ -50,7 +51,8 @@ class Number:
 
     sure: `clear` if all five criteria vote for k (or 25 %, or 1, beside it), `likely` if three or four do, else
     `unclear`; that also where the density has no second peak. curves: criterion to numbers of clusters and values.
-    votes: criterion to the number it is for. Both are empty where there was nothing to estimate from.
+    votes: criterion to the number it is for. Both are empty where there was nothing to estimate from. missing: why a
+    criterion has no vote that failed; the others decide.
     """
 
     k: int
@@ -60,6 +62,7 @@ class Number:
     statement: str
     curves: dict[str, tuple[list[int], list[float]]]
     votes: dict[str, int]
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def estimate_number(features: Any, *, smallest: int = 2, largest: int | None = None, seed: int = 0) -> Number:
@@ -67,7 +70,8 @@ def estimate_number(features: Any, *, smallest: int = 2, largest: int | None = N
 
     smallest, largest: the range looked at; largest is 60 if not given, and at most a fifth of the images. With fewer
     than ten different rows nothing can be told: the smallest number that makes sense, and `unclear`.
-    Raises ValueError where smallest is below 2 or above largest, or rows are not finite.
+    A criterion that fails has no vote. Raises ValueError where smallest is below 2 or above largest, or rows are not
+    finite; RuntimeError where all criteria fail.
     """
     if smallest < 2 or (largest is not None and largest < smallest):
         raise ValueError(f"smallest={smallest}, largest={largest}: need 2 <= smallest <= largest")
@@ -96,29 +100,46 @@ class _Curves:
         self.smallest, self.largest, self.seed = smallest, largest, seed
         similarity, near = knn(x, x, k=min(DENSITY_NEIGHBORS, len(x) - 1), exclude_self=True)
         self.near = near[:, :NEIGHBORS].numpy()
-        self.peaks = density_peaks((2 - 2 * similarity.double()).numpy(), near.numpy())
-        self.values, self.vectors = spectral_components(x, largest + 1, num_neighbors=NEIGHBORS)
-        self.x = torch.from_numpy(principal(x.numpy(), seed)).float()
-        self.tree = linkage(self.x.numpy(), "ward")
+        self.estimates = estimates = Estimates()
+        distances = (2 - 2 * similarity.double()).numpy()
+        self.peaks = estimates("peaks", lambda: density_peaks(distances, near.numpy()))
+        self.components = estimates("eigengap", lambda: spectral_components(x, largest + 1, num_neighbors=NEIGHBORS))
+        reduced = estimates("prediction", lambda: torch.from_numpy(principal(x.numpy())).float())
+        self.x = x if reduced is None else reduced
+        self.tree = estimates("agreement", lambda: linkage(self.x.numpy(), "ward"))
         halves = np.random.default_rng([seed, 5]).permutation(len(x))
         self.halves = [self.x[np.sort(part)] for part in np.array_split(halves, 2)]
         self.known: dict[int, dict[str, float]] = {}
 
-    def at(self, num_clusters: int) -> dict[str, float]:
-        """The criteria that need clusters, at one number of them."""
+    def at(self, num_clusters: int) -> None:
+        """Gets to know the criteria that need clusters, at one number of them; those that failed are left out."""
         from scipy.cluster.hierarchy import fcluster
         from sklearn.metrics import adjusted_rand_score
 
-        if num_clusters not in self.known:
-            embedding = F.normalize(self.vectors[:, :num_clusters], dim=1).float()
-            spectral = self.cluster(embedding, num_clusters).labels.numpy()
-            ward = fcluster(self.tree, num_clusters, "maxclust")
-            self.known[num_clusters] = {
-                "modularity": modularity(spectral, self.near),
-                "agreement": float(adjusted_rand_score(spectral, ward)),
-                "prediction": self.prediction(num_clusters),
-            }
-        return self.known[num_clusters]
+        if num_clusters in self.known:
+            return
+        labels: dict[str, np.ndarray] = {}
+
+        def spectral() -> np.ndarray:
+            if "spectral" not in labels:
+                if self.components is None:
+                    raise RuntimeError(f"there is no spectral embedding: {self.estimates.missing['eigengap']}")
+                embedding = F.normalize(self.components[1][:, :num_clusters], dim=1).float()
+                labels["spectral"] = self.cluster(embedding, num_clusters).labels.numpy()
+            return labels["spectral"]
+
+        def ward() -> np.ndarray:
+            return fcluster(self.tree, num_clusters, "maxclust")
+
+        criteria: dict[str, Callable[[], float]] = {
+            "modularity": lambda: modularity(spectral(), self.near),
+            "agreement": lambda: float(adjusted_rand_score(spectral(), ward())),
+            "prediction": lambda: self.prediction(num_clusters),
+        }
+        self.known[num_clusters] = found = {}
+        for name, value in criteria.items():
+            if name not in self.estimates.missing:
+                found[name] = self.estimates(name, value)
 
     def cluster(self, x: Tensor, num_clusters: int) -> Any:
         """The best of three runs of k-means."""
@@ -134,29 +155,39 @@ class _Curves:
         return float(np.mean(strengths))
 
     def all(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Every criterion's numbers of clusters and values, as far as they are known."""
+        """Every criterion's numbers of clusters and values, as far as they are known; without those that failed."""
         ks = list(range(self.smallest, self.largest + 1))
-        heights = np.zeros(self.largest)
-        heights[: len(self.peaks)] = self.peaks[: self.largest]
-        gaps = (self.values[:-1] - self.values[1:]).tolist()
-        curves = {"peaks": (ks, heights[ks[0] - 1 :].tolist()), "eigengap": (ks, gaps[ks[0] - 1 : ks[-1]])}
+        curves: dict[str, tuple[list[int], list[float]]] = {}
+        if self.peaks is not None:
+            heights = np.zeros(self.largest)
+            heights[: len(self.peaks)] = self.peaks[: self.largest]
+            curves["peaks"] = (ks, heights[ks[0] - 1 :].tolist())
+        if self.components is not None:
+            values = self.components[0]
+            gaps = (values[:-1] - values[1:]).tolist()
+            curves["eigengap"] = (ks, gaps[ks[0] - 1 : ks[-1]])
         tried = sorted(self.known)
         for name in ("modularity", "agreement", "prediction"):
-            curves[name] = (tried, [self.known[k][name] for k in tried])
-        return {name: curves[name] for name in CRITERIA}
+            if name not in self.estimates.missing:
+                curves[name] = (tried, [self.known[k][name] for k in tried])
+        return {name: curves[name] for name in CRITERIA if name in curves}
 
     def votes(self) -> dict[str, int]:
-        """What each criterion is for."""
+        """What each criterion is for. Raises RuntimeError where all failed."""
         found: dict[str, int] = {}
         for name, (ks, values) in self.all().items():
             best = np.argmax(values)
             if name in ("agreement", "prediction"):
                 best = np.flatnonzero(np.asarray(values) >= max(values) - NEAR_BEST)[-1]
             found[name] = self.peaks_above(PEAK) if name == "peaks" else ks[int(best)]
+        if not found:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.estimates.missing.items())
+            raise RuntimeError(f"no criterion could be computed: {reasons}")
         return found
 
     def peaks_above(self, height: float) -> int:
-        """How many peaks stand out by so many standard errors, within the range."""
+        """How many peaks stand out by so many standard errors, within the range; the peaks are known."""
+        assert self.peaks is not None
         return int(np.clip((self.peaks >= height).sum(), self.smallest, self.largest))
 
 
@@ -241,17 +272,22 @@ def _decide(curves: _Curves) -> Number:
     for k in grid:
         curves.at(k)
     votes = curves.votes()
-    for center in {_median(votes), votes["modularity"]}:
+    for center in {_median(votes), votes.get("modularity", _median(votes))}:
         place = int(np.searchsorted(grid, center))
         for k in range(grid[max(place - 1, 0)], grid[min(place + 1, len(grid) - 1)] + 1):
             curves.at(k)
-    votes = curves.votes()
+    votes, missing = curves.votes(), curves.estimates.missing
     k, ordered = _median(votes), sorted(votes.values())
-    low = min(k, ordered[1], curves.peaks_above(PEAK_RANGE[1]))
-    high = max(k, ordered[-2], curves.peaks_above(PEAK_RANGE[0]))
-    apart = bool((curves.peaks >= PEAK).sum() > 1)
+    lows, highs, apart = [k, *ordered[1:2]], [k, *ordered[-2:-1]], True
+    if curves.peaks is not None:
+        lows.append(curves.peaks_above(PEAK_RANGE[1]))
+        highs.append(curves.peaks_above(PEAK_RANGE[0]))
+        apart = bool((curves.peaks >= PEAK).sum() > 1)
+    low, high = min(lows), max(highs)
     text = statement(k, low, high, votes, apart=apart)
-    return Number(k, low, high, how_sure(k, votes, apart=apart), text, curves.all(), votes)
+    if missing:
+        text += f" Without a vote, since they failed: {'; '.join(f'{name} ({why})' for name, why in missing.items())}."
+    return Number(k, low, high, how_sure(k, votes, apart=apart), text, curves.all(), votes, missing)
 
 
 def _grid(smallest: int, largest: int) -> list[int]:
@@ -264,7 +300,8 @@ def _grid(smallest: int, largest: int) -> list[int]:
 
 def _median(votes: Mapping[str, int]) -> int:
     """The median of the votes' logarithms, peaks counted twice."""
-    return round(float(np.exp(np.median(np.log([votes["peaks"], *votes.values()])))))
+    twice = [votes["peaks"]] if "peaks" in votes else []
+    return round(float(np.exp(np.median(np.log([*twice, *votes.values()])))))
 
 
 def agrees(vote: int, k: int) -> bool:
@@ -277,7 +314,7 @@ def how_sure(k: int, votes: Mapping[str, int], *, apart: bool = True) -> Literal
     near = sum(agrees(vote, k) for vote in votes.values())
     if not apart or near < 3:
         return "unclear"
-    return "clear" if near == len(votes) else "likely"
+    return "clear" if near == len(CRITERIA) else "likely"
 
 
 def statement(k: int, low: int, high: int, votes: Mapping[str, int], *, apart: bool = True) -> str:

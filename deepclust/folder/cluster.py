@@ -6,41 +6,31 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from deepclust.clusterers import cluster as cluster_rows
 from deepclust.data.folders import list_folder, printable
 from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
-from deepclust.eval.choice import DEFAULT, choose, criteria
+from deepclust.estimates import Estimates
 from deepclust.extract import FINISHED, STOPPED, Asked, default_store, fill
 from deepclust.folder.derived import Derived
+from deepclust.folder.find import carry, find_clusters
 from deepclust.folder.grow import append, inherit
-from deepclust.folder.run import FolderRun
+from deepclust.folder.run import FACTS, FolderRun, NewerRun
 from deepclust.folder.speed import seconds_for
-from deepclust.folder.state import NOISE, State
-from deepclust.folder.votes import Landmarks, trust_in
-from deepclust.heads.votes import vote
+from deepclust.folder.state import NOISE, History, State
+from deepclust.folder.votes import NEXT, DamagedLandmarks, Landmarks, landmarks_again, settle_landmarks
 from deepclust.loggers.console import ConsoleLogger
 from deepclust.loggers.progress import clock_time
 from deepclust.run_folder import NotWritten, release_lock, take_lock
 
 CANDIDATES = ("diffusion", "spectral", "spherical_kmeans")
-COLUMNS = {
-    "neighbor_agreement": "agreement",
-    "silhouette": "silhouette",
-    "consensus": "consensus",
-    "self_prediction": "prediction",
-}
-"""Criteria that are shown, in %."""
 SHOWN = 20
 SHORT = 3.0
-CHUNK = 8192
 
 
 @dataclass
@@ -63,16 +53,6 @@ class Wanted:
         return {"num_clusters": number, "noise": self.noise, "sort": self.sort, "seed": self.seed} | {
             "clusterers": list(self.clusterers)
         }
-
-
-@dataclass
-class Found:
-    """Clusters of the landmarks: labels (m,) from 0, the largest first; and how they came about."""
-
-    labels: np.ndarray
-    method: str
-    choice: dict[str, dict[str, float]]
-    number: dict[str, Any] | None
 
 
 @dataclass
@@ -101,7 +81,7 @@ def cluster(wanted: Wanted, console: ConsoleLogger | None = None) -> int:
         count = len(listing.paths)
         raise _not_so_many(wanted, f"{printable(str(listing.root))} holds {count:,} image(s)", count)
     out = wanted.out or default_run(listing.root, wanted.num_clusters)
-    before = _existing(out, wanted, listing.root)
+    before = _existing(out, wanted, listing.root, console)
     console.message(_plan(wanted, listing.root, len(listing.paths), out, before))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -139,24 +119,36 @@ def _not_so_many(wanted: Wanted, what: str, count: int) -> UserError:
     return UserError(f"-k {wanted.num_clusters or 'auto'}: {what}; {advice}")
 
 
-def _existing(out: Path, wanted: Wanted, root: Path) -> FolderRun | None:
-    """The run that is at this place, None where there is none or where a new one is asked for."""
-    try:
-        run = FolderRun.open(out)
-        run.history.current()
-    except UserError:
+def _existing(out: Path, wanted: Wanted, root: Path, console: ConsoleLogger) -> FolderRun | None:
+    """The run that is at this place, None where there is none, where it is to be forgotten or cannot be read.
+
+    Raises UserError for a run that cannot be read and was edited: only --new may lose that.
+    """
+    history = History(out)
+    if not (out / FACTS).exists() and not history.files():
         if wanted.append:
             raise UserError(
                 f"--append: there are no clusters in {out} yet; leave it out, or give their folder with --out"
-            ) from None
-        ours = (out / "run.json").exists() or (out / "history").exists()
-        if not ours and out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise UserError(f"--out {out} holds other files; choose another folder") from None
+            )
+        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise UserError(f"--out {out} holds other files; choose another folder")
+        return None
+    if wanted.new:
+        return None
+    try:
+        run = FolderRun.open(out)
+        run.state()
+    except NewerRun:
+        raise
+    except UserError as error:
+        if wanted.append or len(history.files()) > 1:
+            raise
+        console.message(f"{error}. They are made anew now", "warning")
         return None
     store = (wanted.features.store or default_store(root)).resolve()
-    if not wanted.new and run.facts["store"] != str(store) and Path(run.facts["store"]).exists():
+    if run.facts["store"] != str(store) and Path(run.facts["store"]).exists():
         raise _other_store(run, store)
-    return None if wanted.new else run
+    return run
 
 
 def _other_store(run: FolderRun, store: Path) -> UserError:
@@ -200,7 +192,8 @@ def _cluster(
     console: ConsoleLogger,
 ) -> int:
     """What comes after the features."""
-    derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None)
+    estimates = Estimates(lambda text: console.message(text, "warning"))
+    derived = Derived(store, backbone, lambda what: console.message(f"{what} ...") if what else None, estimates)
     edited = before is not None and set(before.history.verbs) - {"cluster", "append"}
     same = before is not None and before.facts.get("digest") == derived.key
     place = {"root": str(store.root), "store": str(store.path.resolve())}  # they may have moved
@@ -213,7 +206,11 @@ def _cluster(
         )
     sort = wanted.sort or (before.facts["asked"].get("sort") if before is not None and wanted.append else None)
     alike = before is not None and {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}
-    if before is not None and same and (alike or wanted.append):
+    complete = before is not None and (edited or not before.missing)  # else it is tried again
+    stays = wanted.append or (same and alike and complete)
+    if before is not None and stays:
+        _mend_landmarks(before, derived, estimates, console)
+    if before is not None and same and stays:
         run = FolderRun(out, {**before.facts, **place, "asked": {**before.facts["asked"], "sort": sort}})
         state = run.state()
         console.message("nothing changed since; the files are written anew")
@@ -222,27 +219,43 @@ def _cluster(
         asked = {**before.facts["asked"], "sort": sort}
         known = [*before.facts.get("appended", []), [before.facts["scan"], before.facts["digest"]]]
         now = {"asked": asked, "appended": known, "scan": store.scan, "digest": derived.key, "seconds": {}}
+        now["missing"] = {**before.missing, **estimates.missing}
         run = FolderRun(out, {**before.facts, **place, **now})
         with watch("append"):
             state = append(before, derived)
-        run.history.push("append", state)
+        run.push("append", state)
         return _conclude(run, state, derived, watch, console)
     _check_number(wanted, derived)
     if watch.seconds["features"] < SHORT:  # too short for an estimate of its own
         left = seconds_for(len(derived), wanted.num_clusters, derived=derived.there)
         console.message(f"about {clock_time(left)} (h:mm:ss) from here to the report")
-    found = _find(wanted, derived, watch, console)
+    with watch("neighbours and map"):
+        _ = derived.map, derived.neighbors  # made now, whatever k
+    x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
+    found = find_clusters(x, wanted.num_clusters, wanted.clusterers, wanted.seed, estimates, watch, console)
     with watch("confidence"):
-        landmarks, state = _carry(derived, found, wanted, store)
+        landmarks, state = carry(derived, found.labels, wanted.noise, wanted.seed, estimates)
     if before is not None:
         state = inherit(before.state(), state)
     facts = {**place, "backbone": backbone, "scan": store.scan}
     facts |= {"digest": derived.key, "asked": wanted.told(), "clusterer": found.method, "choice": found.choice}
-    facts |= {"criterion": DEFAULT, "number": found.number, "seconds": {}}
+    facts |= {"criterion": found.criterion, "number": found.number, "missing": estimates.missing, "seconds": {}}
+    # The step of the history is the moment at which the new clusters count. A stop before it leaves the old ones, with
+    # their landmarks; one behind it leaves what can be put in place by that step: landmarks, run.json, the files.
+    facts["landmarks"] = landmarks.save(out / NEXT)
     run = FolderRun(out, facts)
-    landmarks.save(out)
-    run.history.begin("cluster", state)
+    run.history.begin(state, run.lasting)
+    settle_landmarks(run)
     return _conclude(run, state, derived, watch, console)
+
+
+def _mend_landmarks(run: FolderRun, derived: Derived, estimates: Estimates, console: ConsoleLogger) -> None:
+    """Makes the landmarks of a run anew where they cannot be read."""
+    try:
+        Landmarks.load(run)
+    except DamagedLandmarks as error:
+        console.message(f"{error}. That is done now", "warning")
+        landmarks_again(run, derived, estimates)
 
 
 def _check_number(wanted: Wanted, derived: Derived) -> None:
@@ -251,68 +264,6 @@ def _check_number(wanted: Wanted, derived: Derived) -> None:
     if count < 3 or (wanted.num_clusters or 2) >= count:
         left = f", {len(derived) - count:,} of them near-duplicates of others" if count < len(derived) else ""
         raise _not_so_many(wanted, f"{len(derived):,} image(s) can be read{left}", count)
-
-
-def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> Found:
-    """Clusters of the landmarks."""
-    with watch("neighbours and map"):
-        _ = derived.map, derived.neighbors  # made now, whatever k
-    x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
-    number, num_clusters = None, wanted.num_clusters
-    if num_clusters is None:
-        console.message("number of clusters ...")
-        from deepclust.eval.number import estimate_number
-
-        with watch("number"):
-            estimate = estimate_number(x, seed=wanted.seed)
-        num_clusters, number = max(2, estimate.k), asdict(estimate)
-        console.message(estimate.statement)
-    clusterings, choice = {}, {}
-    with watch("cluster"):
-        for name in wanted.clusterers:
-            began = time.monotonic()
-            try:
-                clusterings[name] = cluster_rows(name, x, num_clusters, seed=wanted.seed).labels
-            except UserError as error:
-                console.message(f"{name} is left out: {error}", "warning")
-                continue
-            choice[name] = {"seconds": time.monotonic() - began}
-        measured = criteria(x, clusterings, seed=wanted.seed)
-    for name, figures in measured.items():
-        choice[name] |= figures
-    method = choose(measured)
-    columns = ["clusterer", *COLUMNS.values(), "seconds"]
-    rows = [
-        [name, *(round(100 * each[key], 1) for key in COLUMNS), round(each["seconds"], 1)]
-        for name, each in choice.items()
-    ]
-    console.table(f"chosen by {DEFAULT}: {method}", columns, rows)
-    sizes = np.bincount(clusterings[method], minlength=num_clusters)
-    place = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
-    return Found(place[clusterings[method]], method, choice, number)
-
-
-def _carry(derived: Derived, found: Found, wanted: Wanted, store: FeatureStore) -> tuple[Landmarks, State]:
-    """Clusters of all images from those of the landmarks; near-duplicates have that of their original."""
-    x = derived.x[torch.from_numpy(derived.landmarks)]
-    trust = trust_in(x, found.labels, wanted.seed)
-    num_clusters = int(found.labels.max()) + 1
-    labels, weights = torch.from_numpy(found.labels), torch.from_numpy(trust)
-    values, places = derived.nearest
-    cluster, confidence = np.zeros(len(derived), dtype=np.int64), np.zeros(len(derived), dtype=np.float32)
-    for start in range(0, len(derived), CHUNK):
-        part = slice(start, start + CHUNK)
-        near = places[part]
-        most = vote(values[part], labels[near], weights[near], num_clusters).max(dim=1)
-        confidence[part], cluster[part] = most.values.numpy(), most.indices.numpy()
-    original = np.where(derived.copy_of >= 0, derived.copy_of, np.arange(len(derived)))
-    cluster, confidence = cluster[original], confidence[original]
-    if wanted.noise:
-        cluster = np.where(derived.outlying[original], NOISE, cluster)
-    landmarks = Landmarks(derived.rows[derived.landmarks], x.numpy().astype(np.float16), trust, derived.basis.numpy())
-    copies = np.where(derived.copy_of >= 0, derived.rows[derived.copy_of], -1)
-    nobody = np.zeros(len(derived), dtype=bool)
-    return landmarks, State(derived.rows, cluster, confidence, derived.map, copies, nobody, {}, num_clusters)
 
 
 def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, console: ConsoleLogger) -> int:
@@ -328,7 +279,8 @@ def _conclude(run: FolderRun, state: State, derived: Derived, watch: Stopwatch, 
     run.save()
     kept = state.kept
     counts = {each: int((state.cluster[kept] == each).sum()) for each in [*state.ids, NOISE]}
-    sure = {each: float(state.confidence[kept][state.cluster[kept] == each].mean()) for each in counts if counts[each]}
+    confidence = run.confidence(state)[kept]
+    sure = {each: float(confidence[state.cluster[kept] == each].mean()) for each in counts if counts[each]}
     order = sorted((each for each in counts if counts[each]), key=lambda each: -counts[each])
     rows = [[state.title(each), counts[each], round(100 * sure[each], 1)] for each in order[:SHOWN]]
     console.table(f"{len(state.ids)} clusters", ["", "images", "mean confidence %"], rows)

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.data.store import FeatureStore
+from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
 from deepclust.folder.duplicates import near_duplicates
+from deepclust.npz import Column, Unreadable, read_columns
 from deepclust.ops import knn
+from deepclust.ops.eigen import eigh, principal_scores
 from deepclust.run_folder import write_atomic
 
 NUM_COMPONENTS = 128
@@ -29,16 +32,38 @@ NUM_COMPONENTS = 128
 NUM_NEIGHBORS = 15
 NUM_LANDMARKS = 4000
 """Images that are clustered; all others follow the nearest of them."""
+PARTS = {
+    "projected": {"basis": Column("f", ("d", "p")), "x": Column("f", ("n", "p"))},
+    "neighbors": {"values": Column("f", ("n", "k")), "places": Column("i", ("n", "k"))},
+    "duplicates": {"copy_of": Column("i", ("n",))},
+    "nearest": {"values": Column("f", ("n", "k")), "places": Column("i", ("n", "k"))},
+    "map": {"positions": Column("f", ("n", 2))},
+    "outliers": {"outlying": Column("b", ("n",))},
+}
+OF_IMAGES = ("x", "values", "places", "copy_of", "positions", "outlying")
+"""Arrays with a row for each image."""
+OF_LANDMARKS = ("nearest", "map", "outliers")
+"""Parts that are made of the landmarks."""
 CHUNK = 8192
 
 Arrays = dict[str, np.ndarray]
 
 
 class Derived:
-    """Parts are made when first asked for. rows: (n,) int64 of the store. told: called with what is being made."""
+    """Parts are made when first asked for. rows: (n,) int64 of the store. told: called with what is being made.
 
-    def __init__(self, store: FeatureStore, backbone: str, told: Callable[[str], None] = lambda what: None) -> None:
+    estimates: knows which of near-duplicates, map and outliers failed; then there is none of them.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        backbone: str,
+        told: Callable[[str], None] = lambda what: None,
+        estimates: Estimates | None = None,
+    ) -> None:
         self.store, self.backbone, self.told = store, backbone, told
+        self.estimates = estimates or Estimates()
         self.rows = store.rows(backbone)
         digest = hashlib.sha256(f"{backbone} {store.digest(backbone)}".encode())
         for column in (self.rows, store.perceptual[self.rows], store.has_perceptual[self.rows]):
@@ -71,7 +96,10 @@ class Derived:
     @cached_property
     def copy_of(self) -> np.ndarray:
         """(n,) int64: place of the image that this one is a near-duplicate of, -1 for none."""
-        return self._kept("duplicates", self._duplicates, "near-duplicates")["copy_of"]
+        found = self.estimates("near-duplicates", lambda: self._kept("duplicates", self._duplicates, "near-duplicates"))
+        if found is None:
+            return np.full(len(self), -1, dtype=np.int64)
+        return found["copy_of"]
 
     @cached_property
     def landmarks(self) -> np.ndarray:
@@ -87,8 +115,9 @@ class Derived:
 
     @cached_property
     def map(self) -> np.ndarray:
-        """(n, 2) float32 positions on a t-SNE map (van der Maaten and Hinton 2008) of the landmarks."""
-        return self._kept("map", self._map, "a map")["positions"]
+        """(n, 2) float32 positions on a t-SNE map (van der Maaten and Hinton 2008) of landmarks; NaN without one."""
+        found = self.estimates("map", lambda: self._kept("map", self._map, "a map"))
+        return np.full((len(self), 2), np.nan, dtype=np.float32) if found is None else found["positions"]
 
     @cached_property
     def outlying(self) -> np.ndarray:
@@ -97,7 +126,8 @@ class Derived:
         Their local outlier factor (Breunig et al. 2000) among 20 neighbours, fewer of few landmarks, is more than three
         times the interquartile range above the upper quartile of the landmarks' (Tukey's rule for what is far out).
         """
-        return self._kept("outliers", self._outliers, "outliers")["outlying"]
+        found = self.estimates("outliers", lambda: self._kept("outliers", self._outliers, "outliers"))
+        return np.zeros(len(self), dtype=bool) if found is None else found["outlying"]
 
     @property
     def there(self) -> bool:
@@ -113,22 +143,40 @@ class Derived:
         made, path = make(), self._path(name)
         path.parent.mkdir(exist_ok=True)
         buffer = io.BytesIO()
-        columns: dict[str, Any] = {"key": np.array(self.key), **made}
+        columns: dict[str, Any] = {"key": np.array(self._key(name)), **made}
         np.savez(buffer, **columns)
         write_atomic(path, buffer.getvalue())
         return made
+
+    def _key(self, name: str) -> str:
+        """What a part must have been made from. Without near-duplicates all images are landmarks, which are others."""
+        if name in OF_LANDMARKS and (self.copy_of < 0).all() and "near-duplicates" in self.estimates.missing:
+            return f"{self.key} without near-duplicates"
+        return self.key
 
     def _path(self, name: str) -> Path:
         return self.store.path / "derived" / f"{name}-{self.backbone}.npz"
 
     def _read(self, name: str) -> Arrays | None:
+        """A part that is on disk, whole and made from what is there now; else None: it is made again."""
         try:
-            with np.load(self._path(name), allow_pickle=False) as content:
-                if str(content["key"]) == self.key:
-                    return {part: content[part] for part in content.files if part != "key"}
-        except (OSError, KeyError, ValueError):
-            pass
-        return None
+            if str(read_columns(self._path(name), {"key": Column("U", ())})["key"]) != self._key(name):
+                return None
+            found = read_columns(self._path(name), PARTS[name])
+        except Unreadable:
+            return None
+        return found if self._fits(name, found) else None
+
+    def _fits(self, name: str, found: Arrays) -> bool:
+        """Whether a part has a row for each image, and its places are places."""
+        if any(len(values) != len(self) for part, values in found.items() if part in OF_IMAGES):
+            return False
+        if name == "projected":
+            return len(found["basis"]) == self.store.features(self.backbone).shape[1]
+        places = found.get("places", found.get("copy_of", np.zeros(0)))
+        count = len(self.landmarks) if name == "nearest" else len(self)
+        lowest = -1 if name == "duplicates" else 0
+        return bool(places.min(initial=lowest) >= lowest and places.max(initial=lowest) < count)
 
     def _project(self) -> Arrays:
         features = self.store.features(self.backbone)
@@ -196,7 +244,7 @@ def leading_directions(features: np.ndarray, rows: np.ndarray, num: int) -> Tens
     for part in _chunks(rows):
         x = unit_rows(features, part)
         total += (x.T @ x).double()
-    return torch.linalg.eigh(total).eigenvectors[:, -num:].flip(1).float().contiguous()
+    return eigh(total)[1][:, -num:].flip(1).float().contiguous()
 
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
@@ -206,7 +254,6 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
 
 def embed(x: np.ndarray) -> np.ndarray:
     """(m, 2) float32 t-SNE positions, centred, the farthest at distance 1; a line where there are too few for it."""
-    from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     from deepclust.clusterers import calm
@@ -214,7 +261,7 @@ def embed(x: np.ndarray) -> np.ndarray:
     if len(x) < 5 or (x == x[0]).all():
         return np.linspace([-1, 0], [1, 0], len(x), dtype=np.float32)
     with calm():
-        reduced = PCA(min(30, *x.shape), svd_solver="full").fit_transform(x.astype(np.float64))
+        reduced = principal_scores(x, min(30, *x.shape))
         perplexity = min(30.0, (len(x) - 1) / 3)
         found = TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(reduced)
     found = found - found.mean(0)

@@ -50,16 +50,17 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
         if verb is None:
             print("\n".join(listing(run)))
             return
+        _check_landmarks(run)
         if verb == "undo":
             if words:
                 raise UserError(f"undo takes nothing with it, and not {' '.join(words)}; it takes back the last edit")
-            text = f"took back: {_undo(run)}"
+            text = f"took back: {run.pop()}"
             state = run.state()
         else:
             edits: dict[str, Edit] = {"merge": merge, "rename": rename, "exclude": exclude}
             edits["split"] = lambda run, state, words: split(run, state, words, num_parts)
             state, text = edits[verb](run, run.state(), words)
-            run.history.push(verb, state)
+            run.push(verb, state)
         print(f"{text}; now {len(state.ids)} clusters of {len(state.kept):,} images")
         _write(run, state)
     except NotWritten as error:
@@ -68,18 +69,16 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
         release_lock(run.path, lock)
 
 
+def _check_landmarks(run: FolderRun) -> None:
+    """Raises UserError where the landmarks cannot be read: no file could be written behind an edit."""
+    from deepclust.folder.votes import Landmarks
+
+    Landmarks.load(run)
+
+
 def _command(run: FolderRun) -> str:
     """This command, as a shell takes it."""
     return f"deepclust edit {shlex.quote(str(run.path))}"
-
-
-def _undo(run: FolderRun) -> str:
-    """Takes the last edit back; images that --append brought are new again."""
-    known = run.facts.get("appended")
-    if known and run.history.verbs[-1] == "append":
-        run.facts["scan"], run.facts["digest"] = known.pop()
-        run.save()
-    return run.history.pop()
 
 
 def _write(run: FolderRun, state: State) -> None:
@@ -95,10 +94,12 @@ def listing(run: FolderRun) -> list[str]:
     state = run.state()
     kept = state.kept
     lines = ["   id  images  confidence  name"]
+    unknown = "confidence" in run.missing
     for cluster in [*state.ids, *([NOISE] if (state.cluster[kept] == NOISE).any() else [])]:
         own = kept[state.cluster[kept] == cluster]
         name = "noise" if cluster == NOISE else state.names.get(cluster, "")
-        lines.append(f"{cluster:5d} {len(own):7,d} {state.confidence[own].mean():11.2f}  {name}".rstrip())
+        sure = "unknown" if unknown else f"{state.confidence[own].mean():.2f}"
+        lines.append(f"{cluster:5d} {len(own):7,d} {sure:>11}  {name}".rstrip())
     if state.excluded.any():
         lines.append(f"{int(state.excluded.sum()):,} image(s) taken out")
     return [*lines, f"history: {', '.join(run.history.verbs)}"]

@@ -46,7 +46,7 @@ def _voted(
     run: FolderRun, old: State, derived: Derived, fresh: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Clusters, confidences and positions of images (places in `derived`) that the run does not know."""
-    landmarks = Landmarks.load(run.path)
+    landmarks = Landmarks.load(run)
     features = unit_rows(derived.store.features(derived.backbone), derived.rows[fresh])
     found = clusterer_of(run, old).predict_proba(features.numpy())
     at = np.searchsorted(old.rows, landmarks.rows).clip(0, len(old.rows) - 1)

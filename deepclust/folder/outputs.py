@@ -6,16 +6,13 @@ So a stop in between is seen by the next command, which writes them again.
 
 from __future__ import annotations
 
-import hashlib
-
 from deepclust.data.folders import printable
-from deepclust.folder.run import FolderRun
+from deepclust.folder.run import SHOWN, FolderRun
 from deepclust.folder.state import State
 from deepclust.run_folder import write_atomic
 
 TABLES = ("clusters.csv", "clusters.parquet", "left_out.csv")
 FILES = (*TABLES, "report.html", "model.safetensors")
-SHOWN = "shown"
 
 
 def write_all(run: FolderRun, state: State) -> None:
@@ -34,7 +31,8 @@ def write_all(run: FolderRun, state: State) -> None:
     if found.missing:
         what = f"{len(found.missing):,} images are gone, and sorted/ gets nothing new of them"
         print(f"{what}: {printable(found.missing[0])}")
-    run.facts[SHOWN] = _digest(run)
+    run.history.tidy()
+    run.facts[SHOWN] = run.history.digest()
     run.save()
 
 
@@ -50,9 +48,4 @@ def write_tables(run: FolderRun, state: State) -> None:
 
 def up_to_date(run: FolderRun) -> bool:
     """Whether the files are there and show the last state."""
-    return run.facts.get(SHOWN) == _digest(run) and all((run.path / name).is_file() for name in FILES)
-
-
-def _digest(run: FolderRun) -> str:
-    files = run.history.files()
-    return hashlib.sha256(files[-1].read_bytes()).hexdigest() if files else ""
+    return run.facts.get(SHOWN) == run.history.digest() and all((run.path / name).is_file() for name in FILES)

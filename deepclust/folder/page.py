@@ -89,6 +89,7 @@ def write_page(run: FolderRun, state: State) -> None:
             "seconds": sum((run.facts.get("seconds") or {}).values()) or None,
         },
         cards=_cards(run, state),
+        notes=[f"{name} is missing: {reason}" for name, reason in run.missing.items()],
         lead=_lead(run),
         bars=[Bar(each.cluster, each.size, each.title, each.label, each.colour) for each in legend],
         galleries=galleries,
@@ -125,12 +126,14 @@ def _map(run: FolderRun, state: State, thumbnails: Thumbnails, legend: Sequence[
     """All images; those with a thumbnail lie all over the map. Near-duplicates get one last, large files cost more."""
     kept = state.kept
     rows, position, cluster = state.rows[kept], state.position[kept], state.cluster[kept]
+    if not np.isfinite(position).any():
+        return Section("Map", "")
     order = spread(position, cluster, state.copy_of[kept] >= 0)[:ON_MAP]
     places = order[np.cumsum(_seconds(run, rows[order])) <= MAP_SECONDS]
     return map_section(
         position,
         cluster,
-        state.confidence[kept],
+        run.confidence(state)[kept],
         [printable(run.store.paths[row]) for row in rows.tolist()],
         legend,
         Thumbs(places.tolist(), thumbnails.small(rows[places].tolist())),
@@ -185,12 +188,15 @@ def _galleries(
         single = single if len(single) else members[cluster]
         chosen[cluster] = [single[part] for part in choose(state.confidence[single], near.own[single], count)]
     thumbnails.read(int(state.rows[place]) for parts in chosen.values() for part in parts for place in part)
+    confidence = run.confidence(state)
 
     def caption(place: int, part: int) -> str:
-        words = [f"{state.confidence[place]:.0%}"] if state.cluster[place] != NOISE else []
+        known = state.cluster[place] != NOISE and np.isfinite(confidence[place])
+        words = [f"{confidence[place]:.0%}"] if known else []
         if near.second[place] != NOISE and (part > 0 or state.cluster[place] == NOISE):
             words.append(f"nearest other: {state.title(int(near.second[place]))}")
-        return f"{printable(run.store.paths[state.rows[place]])} ({', '.join(words)})"
+        path = printable(run.store.paths[state.rows[place]])
+        return f"{path} ({', '.join(words)})" if words else path
 
     galleries = []
     for cluster, title, colour, size, _ in legend:
@@ -200,7 +206,7 @@ def _galleries(
             Gallery(
                 cluster,
                 size,
-                None if cluster == NOISE else float(state.confidence[members[cluster]].mean()),
+                None if cluster == NOISE else float(confidence[members[cluster]].mean()),
                 [thumbnails.images[int(state.rows[place])] for part in parts for place in part],
                 [caption(int(place), number) for number, part in enumerate(parts) for place in part],
                 links=[link_to(place) for place in np.searchsorted(state.kept, np.concatenate(parts or [[]]))],
@@ -291,15 +297,6 @@ def _commands(run: FolderRun, state: State) -> list[tuple[str, str]]:
     edits = ["merge {0} {1}", "split {0}", 'rename {0} "NAME"', "exclude IMAGE", "undo"]
     return [
         ("Find the clusters of other images", f"deepclust predict {path} IMAGES -o clusters.csv"),
-        ("Take in images that came into the folder since", _append(run)),
+        ("Take in images that came into the folder since", run.append_command()),
         ("Correct the clusters", "\n".join(f"deepclust edit {path} {edit.format(first, second)}" for edit in edits)),
     ]
-
-
-def _append(run: FolderRun) -> str:
-    """The command that goes on with this run's folder, store and backbone."""
-    made_by = run.store.backbone(run.facts["backbone"]).identity.get("made_by") or {}
-    options = {"--out": run.path, "--store": run.facts["store"], "--backbone": made_by.get("name")}
-    options |= {"--weights": made_by.get("weights"), "--size": made_by.get("size")}
-    words = [word for option, value in options.items() if value for word in (option, printable(str(value)))]
-    return shlex.join(["deepclust", "cluster", printable(str(run.root)), "--append", *words])

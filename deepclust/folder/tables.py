@@ -39,15 +39,20 @@ def clusters_table(run: FolderRun, state: State, derived: Derived) -> pa.Table:
         {
             "path": pa.array([paths[row] for row in rows], pa.string()),
             "cluster": pa.array(cluster, pa.int64()),
-            "confidence": pa.array(state.confidence[kept], pa.float32()),
-            "x": pa.array(np.ascontiguousarray(state.position[kept, 0]), pa.float32()),
-            "y": pa.array(np.ascontiguousarray(state.position[kept, 1]), pa.float32()),
+            "confidence": _known(run.confidence(state)[kept]),
+            "x": _known(state.position[kept, 0]),
+            "y": _known(state.position[kept, 1]),
             "neighbours": _neighbours(state, derived),
             "duplicate_of": pa.array(originals, pa.string()),
             "name": pa.array(names, pa.string()),
             "index": pa.array(state.rows[kept], pa.int64()),
         }
     )
+
+
+def _known(values: np.ndarray) -> pa.Array:
+    """float32, null where a value is not known."""
+    return pa.array(np.ascontiguousarray(values), pa.float32(), from_pandas=True)
 
 
 def duplicate_of(state: State) -> np.ndarray:

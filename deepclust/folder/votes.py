@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +13,27 @@ import torch
 from torch import Tensor
 
 from deepclust.errors import UserError
+from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
 from deepclust.eval.second_opinion import agreement, opinions
-from deepclust.folder.derived import NUM_NEIGHBORS, project
+from deepclust.folder.derived import NUM_NEIGHBORS, Derived, project
 from deepclust.folder.run import FolderRun
 from deepclust.folder.state import State
 from deepclust.heads.votes import Votes
 from deepclust.model import Clusterer, Network
+from deepclust.npz import Column, Unreadable, read_columns
 from deepclust.ops import knn
 from deepclust.run_folder import write_atomic
 
 FILE = "landmarks.npz"
+NEXT = "landmarks-next.npz"
+"""Landmarks that are about to take the place of others: they do once the run's history has the clusters they are of."""
+COLUMNS = {
+    "rows": Column("i", ("m",)),
+    "x": Column("f", ("m", "p")),
+    "trust": Column("f", ("m",)),
+    "basis": Column("f", ("d", "p")),
+}
 MAX_ASKED = 1500
 FEW = 10
 """Anchors of a cluster that holds no landmark."""
@@ -39,20 +51,62 @@ class Landmarks:
     trust: np.ndarray
     basis: np.ndarray
 
-    def save(self, run: Path) -> None:
-        """Writes the run's file."""
+    def save(self, path: Path) -> str:
+        """Writes a file, whole or not at all, and gives its SHA-256."""
         buffer = io.BytesIO()
         np.savez(buffer, rows=self.rows, x=self.x, trust=self.trust, basis=self.basis)
-        write_atomic(run / FILE, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
+        return hashlib.sha256(buffer.getvalue()).hexdigest()
 
     @classmethod
-    def load(cls, run: Path) -> Landmarks:
-        """Reads it. Raises UserError where it cannot."""
+    def load(cls, run: FolderRun) -> Landmarks:
+        """Those of a run. Raises UserError where they cannot be had, with the command that makes them anew."""
+        settle_landmarks(run)
+        path, wanted = run.path / FILE, run.facts.get("landmarks")
         try:
-            with np.load(run / FILE, allow_pickle=False) as content:
-                return cls(*(content[name] for name in ("rows", "x", "trust", "basis")))
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{run / FILE} cannot be read ({error}); deepclust cluster makes it anew") from error
+            found = read_columns(path, COLUMNS)
+            if wanted is not None and _digest(path) != wanted:
+                raise Unreadable("was changed after it was written (SHA-256)")
+        except Unreadable as error:
+            raise DamagedLandmarks(f"{path} {error}; {run.append_command()} makes it anew") from error
+        return cls(*(found[name] for name in COLUMNS))
+
+
+class DamagedLandmarks(UserError):
+    """A run's landmarks cannot be read; they can be made anew."""
+
+
+def settle_landmarks(run: FolderRun) -> None:
+    """Puts the landmarks of the run's last step in place where a stop kept them from it, and removes others."""
+    waiting = run.path / NEXT
+    if waiting.is_file():
+        if _digest(waiting) == run.facts.get("landmarks"):
+            os.replace(waiting, run.path / FILE)
+        else:
+            waiting.unlink()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def landmarks_again(run: FolderRun, derived: Derived, estimates: Estimates) -> None:
+    """Writes a run's landmarks anew, from what is derived of its store and the clusters as they are now."""
+    state, rows = run.state(), derived.rows[derived.landmarks]
+    x = derived.x[torch.from_numpy(derived.landmarks)]
+    where = np.searchsorted(state.rows, rows).clip(0, max(len(state.rows) - 1, 0))
+    known = (state.rows[where] == rows) & ~state.excluded[where] & (state.cluster[where] >= 0)
+    kept = np.flatnonzero(known)
+    _, labels = np.unique(state.cluster[where[kept]], return_inverse=True)
+    seed = run.facts["asked"].get("seed", 0)
+    trust = np.ones(len(x), dtype=np.float32)
+    found = estimates("confidence", lambda: trust_in(x[torch.from_numpy(kept)], labels, seed)) if len(kept) else None
+    if found is not None:
+        trust[:] = found.mean()
+        trust[kept] = found
+    landmarks = Landmarks(rows, x.numpy().astype(np.float16), trust, derived.basis.numpy())
+    run.facts["landmarks"] = landmarks.save(run.path / FILE)
+    run.save()
 
 
 def trust_in(x: Tensor, labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -88,7 +142,7 @@ def clusterer_of(run: FolderRun, state: State) -> Clusterer:
     Landmarks carry the clusters that their images have now. A cluster without any gets some of its images as such;
     noise and what was excluded has no vote.
     """
-    landmarks = Landmarks.load(run.path)
+    landmarks = Landmarks.load(run)
     where = np.searchsorted(state.rows, landmarks.rows).clip(0, len(state.rows) - 1)
     there = state.rows[where] == landmarks.rows
     cluster = np.where(there & ~state.excluded[where], state.cluster[where], -1)

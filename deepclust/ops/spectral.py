@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows
+from deepclust.ops.eigen import leading
 from deepclust.ops.neighbors import knn
 
 CHUNK = 2048
@@ -121,14 +122,12 @@ def _leading(matrix: Any, degrees: np.ndarray, num_components: int) -> tuple[np.
     pieces, largest first, give their known vectors, and the others are sought with those out of the way, at -1.
     """
     from scipy.sparse.csgraph import connected_components
-    from scipy.sparse.linalg import aslinearoperator, eigsh
+    from scipy.sparse.linalg import aslinearoperator
 
     num = len(degrees)
     pieces, piece_of = connected_components(matrix, directed=False)
     if pieces == 1:
-        values, vectors = eigsh(matrix, k=num_components, which="LA", v0=np.ones(num))
-        order = np.argsort(-values)
-        return values[order], vectors[:, order]
+        return leading(matrix, num_components, np.ones(num))
     chosen = np.argsort(-np.bincount(piece_of), kind="stable")[:num_components]
     known = np.sqrt(degrees)[:, None] * (piece_of[:, None] == chosen)
     known /= np.linalg.norm(known, axis=0)
@@ -138,6 +137,5 @@ def _leading(matrix: Any, degrees: np.ndarray, num_components: int) -> tuple[np.
     found: Any = aslinearoperator(known)
     operator = aslinearoperator(matrix) - 2 * (found @ found.T)
     start = np.random.default_rng(0).normal(size=num)
-    values, vectors = eigsh(operator, k=rest, which="LA", v0=start - known @ (known.T @ start))
-    order = np.argsort(-values)
-    return np.append(np.ones(len(chosen)), values[order]), np.hstack([known, vectors[:, order]])
+    values, vectors = leading(operator, rest, start - known @ (known.T @ start))
+    return np.append(np.ones(len(chosen)), values), np.hstack([known, vectors])

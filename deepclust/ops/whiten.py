@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deepclust.ops.eigen import eigh
 from deepclust.ops.kmeans.ranks import Ranks
 from deepclust.ops.kmeans.rows import Rows
 
@@ -66,7 +67,7 @@ def _moments(rows: Rows) -> tuple[Tensor, Tensor]:
 
 def _whitening(covariance: Tensor, num_components: int) -> Tensor:
     """(D, C) float64: principal directions, largest variance first, each divided by its standard deviation."""
-    variances, directions = torch.linalg.eigh(covariance)
+    variances, directions = eigh(covariance)
     variances, directions = variances.flip(0)[:num_components], directions.flip(1)[:, :num_components]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     floor = variances[0].clamp_min(0) * len(covariance) * 1e-7

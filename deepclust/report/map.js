@@ -6,7 +6,7 @@ const pen = canvas.getContext("2d");
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const words = (text) => new Uint16Array(bytes(text).buffer);
 const count = data.count, GRID = 65535;
-const xs = words(data.x), ys = words(data.y), cluster = words(data.cluster), confidence = bytes(data.confidence);
+const xs = words(data.x), ys = words(data.y), cluster = words(data.cluster), confidence = data.confidence && bytes(data.confidence);
 const legend = data.legend.map(([id, title, label, colour, x, y]) => ({ id, title, label, colour, x, y, rgb: rgb(colour), size: 0 }));
 for (const each of cluster) legend[each].size++;
 for (let i = 0; i < count; i++) {

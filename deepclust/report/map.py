@@ -53,9 +53,10 @@ def map_section(
 ) -> Section:
     """The section `Map`: a canvas to zoom and pan with mouse, fingers or keys, a card for the point in view, a legend.
 
-    position: (n, 2), where not finite in the middle. cluster: (n,) ids, each in `legend`. confidence: (n,) from 0 to 1.
-    paths: n texts, `/` between their parts. root: address of the folder they are below, as `file:///...`; a page that
-    is opened as a file shows the image of a point without thumbnail from there. Empty where there is no point.
+    position: (n, 2), where not finite in the middle. cluster: (n,) ids, each in `legend`. confidence: (n,) from 0 to 1,
+    NaN where it is not known. paths: n texts, `/` between their parts. root: address of the folder they are below, as
+    `file:///...`; a page that is opened as a file shows the image of a point without thumbnail from there. Empty where
+    there is no point.
     """
     if not len(position):
         return Section("Map", "")
@@ -109,13 +110,14 @@ def _points(
         else:
             middle = [GRID // 2, GRID // 2]
         labels.append([entry.cluster, entry.title, entry.label or entry.title, entry.colour, *middle])
+    known = np.isfinite(confidence).any()
     sure = np.rint(255 * np.clip(np.nan_to_num(confidence), 0, 1)).astype(np.uint8)
     return {
         "count": len(position),
         "x": _base64(place[:, 0]),
         "y": _base64(place[:, 1]),
         "cluster": _base64(index.astype("<u2")),
-        "confidence": _base64(sure),
+        "confidence": _base64(sure) if known else None,
         "legend": labels,
     }
 

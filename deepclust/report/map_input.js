@@ -50,7 +50,7 @@ function show(i, keep = false) {
 
 function fill(i) {
   const each = legend[cluster[i]], folder = data.folders[folders[i]];
-  const sure = each.id < 0 ? each.title : `${each.title} · ${Math.round((100 * confidence[i]) / 255)} % confident`;
+  const sure = each.id < 0 || !confidence ? each.title : `${each.title} · ${Math.round((100 * confidence[i]) / 255)} % confident`;
   card.replaceChildren(element("b", names[i]), ...(folder ? [element("span", folder)] : []), element("span", sure));
   if (slots.has(i)) card.prepend(embedded(slots.get(i)));
   if (kept && document.getElementById(`cluster-${each.id}`)) card.append(link("Its cluster's images", `#cluster-${each.id}`));

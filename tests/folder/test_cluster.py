@@ -204,7 +204,7 @@ def test_a_stop_keeps_what_was_made(words: list[str], monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepclust.folder.cluster._find", stop)
+        patch.setattr("deepclust.folder.cluster.find_clusters", stop)
         assert main([*words, "-k", "3"]) == 143
     assert "the same command goes on from there" in capsys.readouterr().out
     assert main([*words, "-k", "3"]) == 0

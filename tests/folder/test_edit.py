@@ -40,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def write(run: FolderRun, state: State) -> None:
         write_tables(run, state)
-        run.facts[outputs.SHOWN] = outputs._digest(run)
+        run.facts[outputs.SHOWN] = run.history.digest()
         run.save()
 
     monkeypatch.setattr(edits, "write_all", write)
@@ -165,7 +165,7 @@ def test_a_stop_before_the_files_are_written_is_seen(run: FolderRun, monkeypatch
 def test_words_that_do_not_fit_are_refused_with_what_would(run: FolderRun, capsys: pytest.CaptureFixture[str]):
     state = run.state()
     run.history.push("rename", State(**{**state.__dict__, "names": {1: "grass"}}))
-    run.facts[outputs.SHOWN] = outputs._digest(run)
+    run.facts[outputs.SHOWN] = run.history.digest()
     run.save()
     wrong = {
         ("merge", "0", "7"): "7: there is no such cluster; clusters are 0, 1 (grass), 2",

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from deepclust import Clusterer
 from deepclust.folder.derived import Derived, leading_directions, place
 from deepclust.folder.state import relabelled
-from deepclust.folder.votes import Landmarks, clusterer_of, save_model, trust_in
+from deepclust.folder.votes import FILE, Landmarks, clusterer_of, save_model, trust_in
 from deepclust.heads.votes import Votes, vote
 from tests.folder.toys import toy_run
 
@@ -102,7 +102,7 @@ def run_with_landmarks(tmp_path: Path):
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x[torch.from_numpy(derived.landmarks)].numpy().astype(np.float16)
     rows = derived.rows[derived.landmarks]
-    Landmarks(rows, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path)
+    Landmarks(rows, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path / FILE)
     return run
 
 

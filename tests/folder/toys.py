@@ -13,7 +13,7 @@ from deepclust.extract import Asked, extract
 from deepclust.folder.derived import Derived
 from deepclust.folder.run import FolderRun
 from deepclust.folder.state import State
-from deepclust.folder.votes import Landmarks
+from deepclust.folder.votes import FILE, Landmarks
 
 COLOURS = {"blue": 2, "green": 1, "red": 0}
 NETS = """
@@ -107,5 +107,5 @@ def toy_landmarks(run: FolderRun) -> None:
     places = derived.landmarks
     trust = np.full(len(places), 0.9, dtype=np.float32)
     Landmarks(derived.rows[places], derived.x[places].numpy().astype(np.float16), trust, derived.basis.numpy()).save(
-        run.path
+        run.path / FILE
     )
