@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepclust.errors import UserError
+from deepclust.ops.collectives import all_max, all_sum
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -35,16 +36,11 @@ class World:
         """True on all ranks if it is true on one."""
         if self.group is None:
             return flag
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(value)
+        return bool(all_max(torch.tensor(int(flag), device=self.device), self.group))
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks, in float64."""
-        total = values.double()
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return total
+        return all_sum(values.to(torch.float64, copy=True), self.group)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable object on all ranks."""
@@ -131,7 +127,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
 
 
 def _sum_bucket(grads: list[Tensor], group: Any) -> None:
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    dist.all_reduce(flat, group=group)
+    flat = all_sum(torch.cat([grad.reshape(-1) for grad in grads]), group)
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(part.view_as(grad))

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepclust.ops.collectives import row_counts
+from deepclust.ops.collectives import all_max, all_sum, row_counts
 from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.partial import TransportResult, check_settings, result, solve
 from deepclust.ops.transport.scaling import Kernel, chunk_rows
-from deepclust.ops.transport.shared import all_max, all_sum
 
 SOLVER_ERROR = 10.0  # an entry of the plan may be off by that many times `tol`: no finer stop can be told from it
 
