@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepclust.errors import UserError
+from deepclust.devices import choose_device, refuse_shared_gpu
+from deepclust.ops.collectives import all_max, all_sum
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -35,16 +36,11 @@ class World:
         """True on all ranks if it is true on one."""
         if self.group is None:
             return flag
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(value)
+        return bool(all_max(torch.tensor(int(flag), device=self.device), self.group))
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over ranks, in float64."""
-        total = values.double()
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return total
+        return all_sum(values.to(torch.float64, copy=True), self.group)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable object on all ranks."""
@@ -67,37 +63,35 @@ class World:
         return range(self.rank * num_samples // self.size, (self.rank + 1) * num_samples // self.size)
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA (this process's own), else Apple's MPS, else the CPU.
-
-    Raises UserError for a device that is not there.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"trainer.device={name} is not available here ({str(error).splitlines()[0]}); use auto or cpu"
-        ) from None
-    return device
-
-
 def start(device_name: str = "auto", timeout_seconds: float = 1800.0) -> World:
-    """Joins the process group that torchrun announced, or stands alone."""
+    """Joins the process group that torchrun announced, or stands alone.
+
+    Raises UserError for a device that is not there, and where ranks would share a GPU.
+    """
     device = choose_device(device_name)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return World(0, 1, device)
     if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
         if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            _join_gpus(device, timeout)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+
+
+def _join_gpus(device: torch.device, timeout: timedelta) -> None:
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    torch.cuda.set_device(device)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    refuse_shared_gpu(PrefixStore("gpus", store), rank, size, device)
+    options = {"store": PrefixStore("ranks", store), "rank": rank, "world_size": size, "timeout": timeout}
+    # told its device, NCCL connects at once, and a barrier need not guess
+    dist.init_process_group("nccl", device_id=device, **options)
 
 
 def stop() -> None:
@@ -131,7 +125,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
 
 
 def _sum_bucket(grads: list[Tensor], group: Any) -> None:
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    dist.all_reduce(flat, group=group)
+    flat = all_sum(torch.cat([grad.reshape(-1) for grad in grads]), group)
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
         grad.copy_(part.view_as(grad))

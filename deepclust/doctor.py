@@ -48,17 +48,22 @@ def _version(package: str) -> str | None:
 def _torch() -> Iterator[Finding]:
     import torch
 
-    from deepclust.ops.precision import cpu_has_fast_bfloat16
+    from deepclust.ops.precision import has_fast_bfloat16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
-        native = torch.cuda.is_bf16_supported()
+        devices = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
+        names = [torch.cuda.get_device_name(device) for device in devices]
+        emulated = [name for name, device in zip(names, devices) if not has_fast_bfloat16(device)]
+        precision = f"not native on {', '.join(emulated)}: float16 with scaled losses is used there"
     else:
-        names = [f"{'Apple MPS' if torch.backends.mps.is_available() else 'CPU'}, {cores} cores"]
-        native = cpu_has_fast_bfloat16()
+        names = [f"CPU, {cores} cores"]
+        if torch.backends.mps.is_available():
+            names.append("Apple's GPU is not used, for it has no float64")
+        emulated = [] if has_fast_bfloat16(torch.device("cpu")) else names
+        precision = "not native: float32 is used"
     yield "device", ", ".join(names), True
-    yield "bfloat16", "native" if native else "not native: another precision is used", True
+    yield "bfloat16", precision if emulated else "native", True
     yield "threads", str(torch.get_num_threads()), True
     distributed = torch.distributed.is_available()
     gloo = distributed and torch.distributed.is_gloo_available()

@@ -19,6 +19,7 @@ from deepclust.backbones import Backbone, Preprocess, timm_backbone
 from deepclust.checkpoint import digest_state
 from deepclust.data.store import StoredBackbone
 from deepclust.data.views import ViewTransform
+from deepclust.devices import choose_device
 from deepclust.errors import UserError
 from deepclust.own_code import Code, load_function, read_code, recorded_code, uninstalled
 from deepclust.precision import autocast, autocast_dtype
@@ -53,7 +54,7 @@ class Encoder:
     identity: dict[str, Any]
     precision: str = "auto"
     note: str = ""
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=lambda: choose_device("auto"))
 
     def stored(self, dtype: str) -> StoredBackbone:
         """What a store is told. Its name there holds a digest: other weights, sizes or dtypes lie beside these."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepclust.data.view_ops import split_view
 from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
 from deepclust.model_file import check_size, check_spec, mismatch
+from deepclust.ops.collectives import all_sum, world_size
 from deepclust.targets import BACKBONES
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class Network(nn.Module):
         tensors = [t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None]
         if tensors:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
+            all_sum(flat, group).div_(world_size(group))
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
                 tensor.copy_(part)
 

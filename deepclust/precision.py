@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
-from deepclust.ops.precision import cpu_has_fast_bfloat16
+from deepclust.ops.precision import has_fast_bfloat16
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for plain float32. `auto` takes what is fast on the device."""
+    """The dtype of autocast, None for plain float32.
+
+    `auto` takes what is fast on the device: bfloat16, else float16 on a GPU (its losses are then scaled) and float32
+    on a processor.
+    """
     if precision == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and cpu_has_fast_bfloat16() else None
+        if has_fast_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else None
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 

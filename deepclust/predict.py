@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from deepclust.data.ahead import Batch, Job, decode_ahead
 from deepclust.data.images import num_decoders
-from deepclust.errors import UserError
+from deepclust.devices import choose_device
 from deepclust.loggers.console import ConsoleLogger
 from deepclust.loggers.progress import Progress
 from deepclust.predict_model import Found, ImageModel, RunModel, open_model
@@ -58,7 +57,7 @@ def predict(asked: Asked, console: ConsoleLogger | None = None) -> int:
         parts: Parts | None = None
         try:
             with stop.interruptible():
-                model = open_model(asked.run, device_of(asked.device), asked.trust)
+                model = open_model(asked.run, choose_device(asked.device, "--device "), asked.trust)
                 source = open_source(asked.data, model, asked.backbone)
                 images = None
                 if source.root is not None:
@@ -79,19 +78,6 @@ def predict(asked: Asked, console: ConsoleLogger | None = None) -> int:
     what = "images" if images else "rows"
     console.message(f"{clustered:,} {what} clustered{f', {failed:,} could not be read' if failed else ''}: {asked.out}")
     return FINISHED if clustered else NOTHING_CLUSTERED
-
-
-def device_of(name: str) -> torch.device:
-    """The device of this name; `auto`: a GPU if there is one. Raises UserError where it cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--device {name} cannot be used: {line}") from error
-    return device
 
 
 def _part_size(images: ImageModel | None) -> int:

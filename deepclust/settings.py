@@ -61,7 +61,9 @@ class TrainerSettings:
     max_steps: stops the stage early (for trying things out); the schedule still spans `epochs`.
     ema: decay of the stage's teacher, None for no teacher. ema_mode `reference`: as in SCAN's code, see `Stepper`.
 
-    precision `auto`: bf16 autocast where the device has it natively.
+    precision `auto`: bf16 autocast where the device has it natively, float16 with scaled losses on GPUs that have not,
+    float32 on other processors.
+    device `auto`: a GPU of NVIDIA or AMD, under torchrun each rank's own; else the CPU, on Macs as well.
     compile: the backbone through torch.compile; where no compiler works, training goes on without it.
     views `auto`: batched on the device if the images are in memory as uint8, else per sample in loader workers.
     """

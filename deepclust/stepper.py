@@ -48,14 +48,18 @@ class Stepper:
 
     def backward(self, loss: Tensor) -> None:
         """Adds a loss's gradients. A loss without gradient (nothing was confident) adds none."""
+        scaled = self.scaler.scale(loss)
         if loss.requires_grad:
-            self.scaler.scale(loss).backward()
+            scaled.backward()
 
     def step(self, progress: Progress) -> None:
         """One optimiser step, then the teacher's."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         sum_gradients(parameters, self.world.group)
-        self.scaler.unscale_(self.optimizer)
+        # float16's scaler refuses a step without any gradient, where other precisions take none
+        any_gradient = any(p.grad is not None for p in parameters)
+        if any_gradient:
+            self.scaler.unscale_(self.optimizer)
         for name in self.network.head.frozen(progress):
             self.network.head.get_parameter(name).grad = None
         if self.settings.clip_norm is not None:
@@ -64,8 +68,9 @@ class Stepper:
         per_epoch = progress.num_steps // progress.num_epochs
         factor = learning_rate_factor(progress.step, progress.num_steps, warmup, self.optim, per_epoch)
         set_learning_rate(self.optimizer, factor)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if any_gradient:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.network.average_batch_statistics(self.world.group)
         self._move_teacher(progress)

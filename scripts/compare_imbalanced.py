@@ -140,7 +140,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "unbalanced": ("head=p2ot", SOLVER, "head.mass_start=1", *COMMON),
     "hard": ("head=p2ot", SOLVER, "head.kl_weight=inf", *COMMON),
     "p2ot": ("head=p2ot", SOLVER, *COMMON),
-    "sp2ot": ("head=sp2ot", SOLVER, "head.max_linearisations=3", *COMMON),
+    "sp2ot": ("head=sp2ot", SOLVER, *COMMON),
 }
 
 

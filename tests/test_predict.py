@@ -364,7 +364,7 @@ def test_models_and_what_they_cannot_take(
         ((run, digits, "--backbone", "x"), "--backbone and --weights go with a model of features"),
         ((learned / "run", tmp_path / "rows.npy"), "features have 3 columns"),
         ((learned / "run", tmp_path / "flat.npy"), "expected numbers (N, D)"),
-        ((run, digits, "--device", "warp"), "--device warp cannot be used"),
+        ((run, digits, "--device", "warp"), "--device warp is no device"),
         ((run, digits, "-o", tmp_path / "c.txt"), "must end in .csv or .parquet"),
     ):
         assert predict(*words, *([] if "-o" in words else ["-o", tmp_path / "c.csv"])) == 2

@@ -290,6 +290,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_words():
         make(Broken()).fit()
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_batches_without_any_gradient_change_nothing(precision):
+    """Nobody is confident at first: float16's scaler, too, must let such steps pass."""
+
+    class Later(Plain):
+        losses = 0
+
+        def loss(self, outputs, targets, batch):
+            self.losses += 1
+            losses = super().loss(outputs, targets, batch)
+            return losses if self.losses > 3 else {"loss": losses["loss"].detach()}
+
+    trainer, seen = make(Later(), precision=precision, epochs=1), []
+    trainer.hooks = Hooks(log=lambda *_: seen.append(trainer.network.head.layer.weight.detach().clone()))
+    trainer.fit()
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[2], seen[3])
+
+
 def test_frozen_parameters_get_no_update():
     class Frozen(Plain):
         def frozen(self, progress):

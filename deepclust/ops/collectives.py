@@ -2,6 +2,9 @@
 
 Convention of the house: each rank's loss is weighted by its share of the rows before `backward`, and gradients are
 summed over ranks. The adjoint of a sum is then a sum, and two ranks give the gradient of one.
+
+All tensors that go from rank to rank go through here: NCCL takes contiguous ones alone (gloo takes any), and results of
+`eigh`, transposes and channels-last gradients are none.
 """
 
 from __future__ import annotations
@@ -18,13 +21,50 @@ def world_size(group: Any = None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def all_sum(x: Tensor, group: Any = None) -> Tensor:
+    """x itself, now the elementwise sum over ranks; x may have any layout, and keeps it. Not differentiable."""
+    return _reduced(x, dist.ReduceOp.SUM, group)
+
+
+def all_max(x: Tensor, group: Any = None) -> Tensor:
+    """x itself, now the elementwise maximum over ranks; x may have any layout, and keeps it."""
+    return _reduced(x, dist.ReduceOp.MAX, group)
+
+
+def _reduced(x: Tensor, operation: Any, group: Any) -> Tensor:
+    if group is not None:
+        sent = x.contiguous()
+        dist.all_reduce(sent, op=operation, group=group)
+        if sent is not x:
+            x.copy_(sent)
+    return x
+
+
+def broadcast(x: Tensor, source: int, group: Any = None) -> Tensor:
+    """x itself, now the values of x on rank `source` of the group; x may have any layout, and keeps it."""
+    if group is not None:
+        sent = x.contiguous()
+        dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
+        if sent is not x:
+            x.copy_(sent)
+    return x
+
+
+def gather_equal(x: Tensor, group: Any = None) -> list[Tensor]:
+    """x of every rank, in rank order; its shape is the same on all of them. Not differentiable."""
+    if group is None:
+        return [x]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
 def row_counts(num_rows: int, group: Any = None, device: torch.device | str = "cpu") -> list[int]:
     """How many rows each rank holds, in rank order."""
     if group is None:
         return [num_rows]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size(group))]
-    dist.all_gather(counts, torch.tensor([num_rows], dtype=torch.int64, device=device), group=group)
-    return [int(count) for count in counts]
+    counts = gather_equal(torch.tensor([num_rows], dtype=torch.int64, device=device), group)
+    return torch.cat(counts).tolist()
 
 
 class _Gather(torch.autograd.Function):
@@ -34,14 +74,12 @@ class _Gather(torch.autograd.Function):
         ctx.group, ctx.start, ctx.rows = group, sum(counts[:rank]), counts[rank]
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=group)
+        parts = gather_equal(padded, group)
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
+        grad = all_sum(grads[0].clone(), ctx.group)
         return grad[ctx.start : ctx.start + ctx.rows], None, None
 
 
@@ -49,15 +87,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        return all_sum(x.clone(), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return all_sum(grads[0].clone(), ctx.group), None
 
 
 def gather_rows(x: Tensor, group: Any = None) -> tuple[Tensor, int]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.ops.collectives import gather_rows
+from deepclust.ops.collectives import all_sum, broadcast, gather_equal, gather_rows
 from deepclust.ops.precision import exact, plain
 from deepclust.ops.search import Found, Metric, Search, pairs_pay, search_faiss, search_fast, search_pairs
 
@@ -110,10 +110,7 @@ def _check(queries: Tensor, bank: Tensor, k: int, metric: str, exclude_self: boo
     fits = fits and (not exclude_self or len(queries) == len(bank))
     bad = fits and not (_finite(queries) and _finite(bank))
     facts = torch.tensor([len(bank), int(not fits), int(bad)], device=bank.device)
-    table = facts[None]
-    if group is not None:
-        table = facts.new_empty(dist.get_world_size(group), 3)
-        dist.all_gather(list(table.unbind(0)), facts, group=group)
+    table = torch.stack(gather_equal(facts, group))
     sizes = table[:, 0].tolist()
     if table[:, 1].any():
         raise ValueError(
@@ -134,10 +131,7 @@ def _named(queries: Tensor, bank: Tensor) -> tuple[tuple[str, Tensor], ...]:
 
 
 def _mean(bank: Tensor, total: int, group: Any) -> Tensor:
-    mean = bank.double().sum(0) / total
-    if group is not None:
-        dist.all_reduce(mean, group=group)
-    return mean.to(bank.dtype)
+    return all_sum(bank.double().sum(0) / total, group).to(bank.dtype)
 
 
 def _pieces(bank: Tensor, sizes: list[int], group: Any) -> Iterator[tuple[int, Tensor]]:
@@ -148,9 +142,7 @@ def _pieces(bank: Tensor, sizes: list[int], group: Any) -> Iterator[tuple[int, T
             rows = min(PIECE_ROWS, size - local)
             mine = rank == _rank(group)
             piece = bank[local : local + rows].contiguous() if mine else bank.new_empty(rows, bank.shape[1])
-            if group is not None:
-                dist.broadcast(piece, dist.get_global_rank(group, rank), group=group)
-            yield start + local, piece
+            yield start + local, broadcast(piece, rank, group)
         start += size
 
 

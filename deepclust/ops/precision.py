@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+AMD_WITH_BFLOAT16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""Architectures with bfloat16 matrix products: MI100, MI200, MI300, MI350, RX 7000 and RX 9000."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -38,6 +40,24 @@ def wide(x: Tensor) -> Tensor:
 def has_onednn() -> bool:
     """Whether torch offers oneDNN's product with a bias: a private operator, which any torch may lack."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in its matrix units, not in an emulation of them."""
+    if device.type == "cuda":
+        return cuda_has_fast_bfloat16(device)
+    return device.type == "cpu" and cpu_has_fast_bfloat16()
+
+
+def cuda_has_fast_bfloat16(device: torch.device) -> bool:
+    """NVIDIA from compute capability 8.0 (A100, RTX 30) on; AMD as listed, where capabilities mean something else.
+
+    torch.cuda.is_bf16_supported() is no answer: it is true for T4, V100 and RTX 20 and for all of AMD's, which may
+    emulate.
+    """
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith(AMD_WITH_BFLOAT16)
 
 
 @lru_cache

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.ops import kmeans
-from deepclust.ops.collectives import gather_rows
+from deepclust.ops.collectives import broadcast, gather_rows
 from deepclust.ops.eigen import leading
 from deepclust.ops.neighbors import knn
 
@@ -52,8 +52,7 @@ def on_first_rank(labels_of: Callable[[Tensor], Tensor], rows: Tensor, group: An
     labels = torch.zeros(len(everyone), dtype=torch.int64, device=rows.device)
     if group is None or dist.get_rank(group) == 0:
         labels.copy_(labels_of(everyone))
-    if group is not None:
-        dist.broadcast(labels, src=dist.get_global_rank(group, 0), group=group)
+    broadcast(labels, 0, group)
     return labels[offset : offset + len(rows)]
 
 

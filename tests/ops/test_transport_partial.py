@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepclust.ops import mass_schedule, partial_transport, semantic_partial_transport
+from deepclust.ops import mass_schedule, partial_transport
 from tests.ops.test_transport import KINDS, rows
 
 
@@ -146,57 +145,6 @@ def test_not_finite_logits_are_refused_with_the_rows() -> None:
     logits[2, 1] = float("nan")
     with pytest.raises(ValueError, match=r"logits.*\[2\]"):
         partial_transport(logits, mass=0.5)
-
-
-def graph(num: int, dim: int = 5) -> torch.Tensor:
-    """A positive semi-definite similarity (N, N)."""
-    x = torch.randn(num, dim, generator=torch.Generator().manual_seed(3)).double()
-    return torch.exp(-torch.cdist(x, x).square() / (2 * dim))
-
-
-def test_semantic_without_weight_is_partial() -> None:
-    logits = rows(60, 5, 2.0).double()
-    found = semantic_partial_transport(logits, graph(60), mass=0.4, similarity_weight=0.0)
-    torch.testing.assert_close(found.plan, partial_transport(logits, mass=0.4).plan, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_semantic_plan_is_a_fixed_point_of_its_own_tangent(sparse: bool) -> None:
-    logits, weight, epsilon = rows(60, 5, 2.0).double(), 0.3, 0.1
-    similarity = graph(60)
-    similarity[:, ::3] = 0.0  # not symmetric
-    given_as = similarity.to_sparse() if sparse else similarity
-    plan = semantic_partial_transport(
-        logits, given_as, mass=0.4, similarity_weight=weight, max_linearisations=500, tol=1e-12
-    ).plan
-    tilted = torch.log_softmax(logits, 1) + weight * (similarity + similarity.T) @ plan / 60
-    # the solver of the partial problem takes logits; a virtual benefit of 0 is restored by its own log partition
-    benefit, log_b = tilted / epsilon, torch.zeros(6, dtype=torch.float64)
-    expected = scaled(benefit, log_b, mass=0.4, exponent=1 / 1.1)
-    torch.testing.assert_close(plan, expected, atol=2e-3, rtol=0)
-    assert (plan - partial_transport(logits, mass=0.4).plan).abs().max() > 0.02
-
-
-def scaled(kernel: torch.Tensor, log_b: torch.Tensor, mass: float, exponent: float) -> torch.Tensor:
-    num, clusters = kernel.shape
-    kernel = torch.cat([kernel, torch.zeros(num, 1, dtype=torch.float64)], 1)
-    log_target = torch.cat([torch.full((clusters,), mass / clusters), torch.tensor([1 - mass])]).double().log()
-    exponents = torch.tensor([exponent] * clusters + [1.0]).double()
-    for _ in range(3000):
-        log_a = -math.log(num) - torch.logsumexp(kernel + log_b, 1)
-        log_b = exponents * (log_target - torch.logsumexp(kernel + log_a[:, None], 0))
-    return num * (kernel + log_a[:, None] + log_b).exp()[:, :-1]
-
-
-def test_semantic_objective_never_rises_for_a_positive_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepclust.ops.transport import semantic
-
-    values: list[float] = []
-    original = semantic._objective
-    monkeypatch.setattr(semantic, "_objective", lambda *a: values.append(original(*a)) or values[-1])
-    semantic_partial_transport(rows(90, 6, 2.0).double(), graph(90), mass=0.5, similarity_weight=2.0, tol=1e-10)
-    assert len(values) > 3
-    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize(

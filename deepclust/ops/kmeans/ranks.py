@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepclust.ops.collectives import all_sum, broadcast
+
 
 class Ranks:
     """One process group, or this process alone (`group=None`).
@@ -23,9 +25,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if self.group is not None:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
+        return all_sum(tensor, self.group)
 
     def max(self, value: int) -> int:
         """Largest of one integer per rank."""
@@ -33,9 +33,7 @@ class Ranks:
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor on every rank, in place."""
-        if self.group is not None:
-            dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
-        return tensor
+        return broadcast(tensor, 0, self.group)
 
     def gather(self, value: Any) -> list[Any]:
         """One small object per rank, in rank order."""

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepclust.ops.collectives import all_max, all_sum
 from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport import pot
-from deepclust.ops.transport.shared import all_max, all_sum, exp_, refuse_not_finite
+from deepclust.ops.transport.shared import exp_, refuse_not_finite
 
 CHUNK_BYTES = 8_388_608  # of rows worked on at a time on a CPU: they stay in the last-level cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepclust.ops.collectives import all_max, all_sum
 from deepclust.ops.precision import exact, wide
 from deepclust.ops.transport import pot
 from deepclust.ops.transport.scaling import Balance, Kernel, balance, chunk_rows
-from deepclust.ops.transport.shared import all_max, all_sum
 
 PAPER_PERIOD = 10  # the paper looks at its error every tenth iteration
 

@@ -21,7 +21,8 @@ class TransportResult:
 
     plan: (N, K); a row's sum in [0, 1] says how much of that sample is used. log_cluster_scale: (K + 1,) float64, real
     clusters, then the virtual one that takes the unused mass; a later call's `warm_start`. mass: the used share of all
-    samples (mean row sum). violation: the share of the mass that one more update of the clusters would move.
+    samples (mean row sum). violation: the share of the mass that one more update of the clusters would move. change: of
+    a plan found in linearisations, the largest change of an entry that one more would have made.
     """
 
     plan: Tensor
@@ -29,6 +30,7 @@ class TransportResult:
     num_iters: int
     mass: float
     violation: float
+    change: float = 0.0
 
 
 @exact

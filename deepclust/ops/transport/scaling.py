@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepclust.ops.collectives import gather_rows, row_counts
+from deepclust.ops.collectives import all_max, all_sum, gather_rows, row_counts
 from deepclust.ops.precision import wide
-from deepclust.ops.transport.shared import all_max, all_sum, exp_
+from deepclust.ops.transport.shared import exp_
 
 CHUNK_BYTES = 2_097_152  # of the kernel worked on at a time on a CPU, so that a round reads memory once
 EASY_RANGE = 200.0  # of sharpness * benefit in a row: there scales of 1 are a good start

@@ -6,22 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-
-def all_sum(x: Tensor, group: Any) -> Tensor:
-    """Sum over the ranks of the group, in place; without a group x itself."""
-    if group is not None:
-        dist.all_reduce(x, group=group)
-    return x
-
-
-def all_max(x: Tensor, group: Any) -> Tensor:
-    """Largest over the ranks of the group, in place; without a group x itself."""
-    if group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
-    return x
+from deepclust.ops.collectives import all_max
 
 
 def refuse_not_finite(x: Tensor, name: str, group: Any) -> None:
