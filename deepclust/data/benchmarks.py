@@ -182,7 +182,10 @@ def _idx_files(folder: Path, stem: str) -> list[Path] | None:
 
 
 def read_benchmark(
-    name: str, root: str, splits: Sequence[str], download: bool
+    name: str,
+    root: str,
+    splits: Sequence[str],
+    download: bool,
 ) -> tuple[Pixels, list[str]]:
     """Images, labels and split names of a data set that torchvision reads, and its class names.
 

@@ -261,7 +261,8 @@ def set_of_arrays(
 
 
 def as_classes(
-    labels: Sequence[Any] | None, order: Any = None
+    labels: Sequence[Any] | None,
+    order: Any = None,
 ) -> tuple[np.ndarray | None, list[str]]:
     """(N,) int64 indices of labels into their sorted names, and the names.
 

@@ -157,6 +157,10 @@ class Loader:
         """Sample indices of this rank's part of a macro batch, their partners and random keys.
 
         One key per sample and view. Without `partners` a view of a partner shows the sample itself.
+
+        plan: of the pass.
+        pass_index: number of the pass over the samples.
+        batch: number of the macro batch within the pass.
         """
         # keys belong to positions, not to ranks: any number of ranks draws the same views
         positions = plan.positions(batch, self.rank, self.size)
@@ -172,7 +176,12 @@ class Loader:
         return Samples(index, sources, keys)
 
     def batches(self, plan: Plan, pass_index: int, start: int = 0) -> Iterator[ViewBatch]:
-        """The macro batches of a pass from number `start` on."""
+        """This rank's parts of the macro batches of a pass.
+
+        plan: of the pass.
+        pass_index: number of the pass over the samples.
+        start: number of the first batch, where a resumed run is in the middle of a pass.
+        """
         numbers = range(start, plan.num_batches)
         if self.pixels is not None:
             for batch in numbers:

@@ -93,13 +93,18 @@ def sample_keys(seed: int, stage: int, pass_index: int, positions: Tensor, slot:
 def stream_key(seed: int, stage: int, number: int, stream: Stream) -> int:
     """The one key, a signed 64-bit integer, of a stream that is not drawn from sample by sample.
 
+    seed, stage: as for `sample_keys`.
     number: what tells draws of the stream apart within a stage, such as the pass, step or rank.
+    stream: what the key is for.
     """
     return int(sample_keys(seed, stage, number, torch.zeros(1, dtype=torch.int64), stream))
 
 
 def seed_for(seed: int, stage: int, number: int, stream: Stream) -> int:
-    """`stream_key` as a seed of torch's generators: an integer from 0 to 2^63 - 1."""
+    """`stream_key` as a seed of torch's generators: an integer from 0 to 2^63 - 1.
+
+    seed, stage, number, stream: as for `stream_key`.
+    """
     # torch remaps negative seeds, so the sign bit is dropped before it sees them
     return stream_key(seed, stage, number, stream) % 2**63
 

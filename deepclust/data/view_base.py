@@ -75,6 +75,10 @@ class Geometric(Op):
         """(B or 1, 3, 3) float32 maps of coordinates (x, y, 1) of the output to those of the input.
 
         In both, the image is [-1, 1] x [-1, 1].
+
+        params: what `draw` gave.
+        size: of the images before the operation.
+        target: size that the whole view is to have.
         """
         raise NotImplementedError
 
@@ -93,8 +97,9 @@ class Color(Op):
     """
 
     def matrix(self, params: Params, means: Tensor) -> Tensor:
-        """(B or 1, C+1, C+1) maps of a pixel's homogeneous channel values.
+        """(B or 1, C+1, C+1) maps of a pixel's values (channels, 1).
 
+        params: what `draw` gave, on the device of `means`.
         means: (B, C) channel means of the images that the operation gets.
         """
         raise NotImplementedError
@@ -125,7 +130,10 @@ class Erase(Op):
     """
 
     def batch(self, images: Tensor, params: Params) -> Tensor:
-        """Paints (n, C, H, W) normalised images in place."""
+        """Paints (n, C, H, W) normalised images in place and returns them.
+
+        params: (n,) values on the images' device.
+        """
         height, width = images.shape[2:]
         rows = _inside(params["top"], params["height"], height)
         columns = _inside(params["left"], params["width"], width)

@@ -26,7 +26,11 @@ def luma(like: Tensor) -> Tensor:
 
 
 def homogeneous(linear: Tensor, offset: Tensor | None = None) -> Tensor:
-    """(n, C+1, C+1) maps of (channels, 1) from (n, C, C) matrices and (n, C) offsets."""
+    """(n, C+1, C+1) maps of (channels, 1).
+
+    linear: (n, C, C) matrices.
+    offset: (n, C) what is added; nothing by default.
+    """
     count, channels = linear.shape[:2]
     out = linear.new_zeros(count, channels + 1, channels + 1)
     out[:, :channels, :channels] = linear
@@ -37,7 +41,11 @@ def homogeneous(linear: Tensor, offset: Tensor | None = None) -> Tensor:
 
 
 def scaled(factor: Tensor, means: Tensor) -> Tensor:
-    """(B, C+1, C+1) maps that multiply each channel by the (B,) `factor`."""
+    """(B, C+1, C+1) maps that multiply each channel.
+
+    factor: (B,) of each image.
+    means: (B, C) channel means, for their number and device.
+    """
     identity = torch.eye(means.shape[1], device=means.device)
     return homogeneous(factor[:, None, None] * identity)
 

@@ -106,7 +106,11 @@ class ViewTransform:
         return views
 
     def sample(self, image: Tensor, key: int) -> Tensor:
-        """The (C, h, w) float32 view of a (C, H, W) uint8 image, or of (D, 1, 1) float features."""
+        """One (C, h, w) float32 view, with the parameters that `batch` draws from the same key.
+
+        image: (C, H, W) uint8, or (D, 1, 1) float32 features.
+        key: random key.
+        """
         u = uniforms(torch.tensor([key]), self.num_uniforms)
         row = u[0].tolist()
         drawn = [item for item in self.planned if item.chosen(row)]

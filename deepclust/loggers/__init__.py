@@ -46,7 +46,10 @@ class Logger(Protocol):
         """
 
     def message(self, text: str, level: Level = "info") -> None:
-        """Takes one or more lines of plain words."""
+        """Takes one or more lines of plain words.
+
+        level: `info`, `warning` or `error`.
+        """
 
     def finish(self, state: str) -> None:
         """Called once at the end, however the run ends; `state` is as in status.json."""

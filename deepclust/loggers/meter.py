@@ -13,7 +13,10 @@ from deepclust.distributed import World
 
 
 class Meter:
-    """Means over all rows of all ranks since the last flush, and images per second."""
+    """Means over all rows of all ranks since the last flush, and images per second.
+
+    world: the ranks and this rank's device.
+    """
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -155,7 +155,10 @@ def _table(calibration: Mapping[str, Any]) -> str:
 
 
 def trust_table(calibration: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table of scores, one row for each variant; cells are text or None."""
+    """Columns and rows of the table of scores, one row for each variant; cells are text or None.
+
+    calibration: a stage's, as in summary.json.
+    """
     rows = []
     for name, scores in calibration["scores"].items():
         cells = [_cell(key, scores[key]) for key in SCORES]
@@ -176,6 +179,8 @@ def trust_words(calibration: Mapping[str, Any]) -> str:
     """One sentence: accuracy and calibration error estimated without labels.
 
     Where there are labels, the true figures stand beside the estimates.
+
+    calibration: a stage's, as in summary.json.
     """
     estimate = calibration["estimate"]
     predicted = calibration["scores"].get("predicted")

@@ -59,7 +59,11 @@ def is_long_tailed(summary: Mapping[str, Any]) -> bool:
 
 
 def figure_text(key: str, value: Any) -> str:
-    """A figure as HTML; empty where there is none."""
+    """A figure as HTML; empty where there is none.
+
+    key: name of the figure, which decides its unit.
+    value: a number; anything else, and NaN, is none.
+    """
     # bool is an int to Python, and no figure here
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return ""
@@ -120,7 +124,10 @@ def _baseline_rows(summary: Mapping[str, Any]) -> list[Row]:
 
 
 def results_html(summary: Mapping[str, Any]) -> str:
-    """The table of stages beside baselines, why a stage was kept, and every other figure."""
+    """HTML of stages beside baselines, why a stage was kept, and every other figure.
+
+    summary: as for `write_report`; without figures the result is empty.
+    """
     stages = _stage_rows(summary)
     baselines = _baseline_rows(summary)
     by_class = BY_CLASS if is_long_tailed(summary) else ()
