@@ -21,7 +21,7 @@ import torch
 from deepclust import checkpoint, distributed, results, resume
 from deepclust.config import RunConfig, Stage, build
 from deepclust.data.image_set import ImageData, ImageSet
-from deepclust.data.random import sample_keys
+from deepclust.data.random import Stream, seed_for
 from deepclust.data.views import build_views
 from deepclust.distributed import World
 from deepclust.errors import UserError
@@ -212,7 +212,7 @@ def _fit(run: Run, stage: Stage, trainer: Trainer, save: Any) -> None:
 def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> Trainer:
     """Backbone and head as configured; weights of the previous stage where there is one."""
     config, images = run.config, run.data.training_images(stage.trainer.extra_images)
-    torch.manual_seed(int(sample_keys(config.seed, number, 0, torch.zeros(1).long(), -3)) % 2**63)
+    torch.manual_seed(seed_for(config.seed, number, 0, Stream.NETWORK))
     network = build_network(
         config.backbone,
         stage.head,

@@ -23,7 +23,7 @@ from deepclust.compilation import compile_in_place
 from deepclust.data.bank import collect, untouched
 from deepclust.data.datasets import ImageSet
 from deepclust.data.loader import Loader, Plan, ViewBatch
-from deepclust.data.random import sample_keys
+from deepclust.data.random import Stream, seed_for, stream_key
 from deepclust.data.views import ViewTransform
 from deepclust.distributed import World
 from deepclust.errors import UserError
@@ -102,7 +102,7 @@ class Trainer:
         self.next_order: Tensor | None = None
         self.loader = self._loader()
         self.meter = Meter(self.world)
-        torch.manual_seed(int(sample_keys(seed, stage, self.world.rank, torch.zeros(1).long(), -2)) % 2**63)
+        torch.manual_seed(seed_for(seed, stage, self.world.rank, Stream.TRAINING))
 
     # ---------------------------------------------------------------- the loop
 
@@ -248,7 +248,7 @@ class Trainer:
 
         with untouched(source, spec.mode):
             view = self.transforms[spec.view]
-            seed = int(sample_keys(self.seed, self.stage, self.step, torch.zeros(1).long(), -4))
+            seed = stream_key(self.seed, self.stage, self.step, Stream.BANK)
             features, index = collect(forward, self.images, view, rows, device=self.device, seed=seed)
         if spec.mode == "train":
             features, index = features[index.argsort()], index.sort().values

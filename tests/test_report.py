@@ -121,7 +121,6 @@ def test_every_string_is_escaped(tmp_path: Path) -> None:
         },
         galleries=[(0, 1, 0.9, images(1), [EVIL])],
         curves={EVIL: ([1, 2], [1.0, 2.0])},
-        notes=[EVIL],
         skipped=[EVIL],
         commands=[(EVIL, EVIL)],
     )
@@ -132,7 +131,7 @@ def test_every_string_is_escaped(tmp_path: Path) -> None:
 
 def test_ids_are_unique_and_links_lead_somewhere(tmp_path: Path) -> None:
     galleries = [(c, 3, None, images(3), list("abc")) for c in range(4)] + [(4, 0, None, [], [])]
-    _, page = written(tmp_path, galleries=galleries, notes=["a note"], skipped=["a.png: broken"])
+    _, page = written(tmp_path, galleries=galleries, skipped=["a.png: broken"])
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
     targets = [(attrs["href"] or "")[1:] for tag, attrs in page.elements if tag == "a"]

@@ -1,4 +1,7 @@
-"""Operations that move pixels: crops, flips, affine maps. Bilinear, also where SCAN's code takes the nearest pixel."""
+"""Operations that move pixels: crops, flips, affine maps.
+
+All interpolate bilinearly, also where SCAN's code takes the nearest pixel.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,17 @@ from deepclust.data.view_base import (
 )
 from deepclust.schema import Count, Fraction, Natural, NonNegative, Positive
 
+# Rectangles that are drawn before giving up on one that fits: torchvision's number. All are drawn
+# at once, so that the number of uniforms does not depend on what is drawn.
 _TRIES = 10
 
 
 class Resize(Geometric):
-    """Makes the shorter side `ratio` times `size` (default: the view's size) and keeps the aspect.
+    """Makes the shorter side `ratio` times `size` pixels and keeps the aspect.
 
-    interpolation: `bicubic` is Pillow's, antialiased, in both engines; for presets whose papers enlarge with it.
+    size: default: the shorter side of the view.
+    interpolation: `bicubic` is Pillow's, antialiased, in both engines; for presets whose papers
+        enlarge with it.
     """
 
     fill: Fill | None = "border"
@@ -43,16 +50,20 @@ class Resize(Geometric):
         size: Count | None = None,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     ) -> None:
-        self.ratio, self.size, self.interpolation = ratio, size, interpolation
+        self.ratio = ratio
+        self.size = size
+        self.interpolation = interpolation
         self.alone = interpolation == "bicubic"
 
     def out_size(self, size: Size, target: Size) -> Size:
         short = round(self.ratio * (self.size or min(target)))
+        # the longer side is cut to whole pixels, as torchvision does
         if size[0] < size[1]:
             return (short, max(1, int(short * size[1] / size[0])))
         return (max(1, int(short * size[0] / size[1])), short)
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
+        # coordinates are relative to an image's size, so a change of size alone is the identity
         return torch.eye(3)[None]
 
     def sample(self, image: Tensor, params: Params, target: Size) -> Tensor:
@@ -73,7 +84,9 @@ class CenterCrop(Geometric):
         return target
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
-        top, left = (round((side - wanted) / 2.0) for side, wanted in zip(size, target))
+        # rounded to a whole pixel as torchvision does, so that both engines cut the same pixels
+        top = round((size[0] - target[0]) / 2.0)
+        left = round((size[1] - target[1]) / 2.0)
         return crop_matrix(size, top, left, target[0], target[1])
 
     def sample(self, image: Tensor, params: Params, target: Size) -> Tensor:
@@ -81,7 +94,10 @@ class CenterCrop(Geometric):
 
 
 class RandomCrop(Geometric):
-    """Cuts the view's size out at a random place of the image with `padding` black pixels around it."""
+    """Cuts the view's size out at a random position of the image.
+
+    padding: black pixels around the image that the crop may reach into.
+    """
 
     draws = 2
 
@@ -92,11 +108,16 @@ class RandomCrop(Geometric):
         return target
 
     def draw(self, uniforms: Tensor, size: Size) -> Params:
+        # the range of positions depends on the view's size, which is known in `_corner` only
         return {"y": uniforms[:, 0], "x": uniforms[:, 1]}
 
     def _corner(self, params: Params, size: Size, target: Size) -> tuple[Tensor, Tensor]:
-        free = [max(0, side + 2 * self.padding - wanted) for side, wanted in zip(size, target)]
-        return integers(params["y"], free[0] + 1) - self.padding, integers(params["x"], free[1] + 1) - self.padding
+        """Top and left of the crop in pixels of the image without padding; may be negative."""
+        free_y = max(0, size[0] + 2 * self.padding - target[0])
+        free_x = max(0, size[1] + 2 * self.padding - target[1])
+        top = integers(params["y"], free_y + 1) - self.padding
+        left = integers(params["x"], free_x + 1) - self.padding
+        return top, left
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
         top, left = self._corner(params, size, target)
@@ -108,9 +129,11 @@ class RandomCrop(Geometric):
 
 
 class RandomResizedCrop(Geometric):
-    """A random part of the image, resized to `size` (default: the view's size), as torchvision's.
+    """A random part of the image, resized to `size`, as torchvision's operation of this name.
 
-    scale: range of the part's area, as a fraction of the image's. ratio: range of its width over height, log-uniform.
+    scale: range of the part's area, as a fraction of the image's.
+    ratio: range of its width over height, log-uniform: 1 : 2 is as likely as 2 : 1.
+    size: side in pixels; default: the view's size.
     """
 
     fill: Fill | None = "border"
@@ -127,20 +150,33 @@ class RandomResizedCrop(Geometric):
         self.size = size
 
     def out_size(self, size: Size, target: Size) -> Size:
-        return (self.size, self.size) if self.size else target
+        if self.size:
+            return (self.size, self.size)
+        return target
 
     def draw(self, uniforms: Tensor, size: Size) -> Params:
-        """The first of ten drawn parts that fits; else the largest centred one whose ratio is allowed."""
-        high, wide = float(size[0]), float(size[1])
+        """The first of ten drawn parts that fits, else the largest centred one of allowed ratio."""
+        high = float(size[0])
+        wide = float(size[1])
+        low_ratio, high_ratio = self.ratio
         area = high * wide * between(uniforms[:, :_TRIES], *self.scale)
-        ratio = torch.exp(between(uniforms[:, _TRIES : 2 * _TRIES], math.log(self.ratio[0]), math.log(self.ratio[1])))
-        width, height = torch.round(torch.sqrt(area * ratio)), torch.round(torch.sqrt(area / ratio))
-        fits = (width > 0) & (width <= wide) & (height > 0) & (height <= high)
-        first, found = fits.to(torch.uint8).argmax(dim=1, keepdim=True), fits.any(dim=1)
-        width = torch.where(found, width.gather(1, first)[:, 0], min(wide, float(round(high * self.ratio[1]))))
-        height = torch.where(found, height.gather(1, first)[:, 0], min(high, float(round(wide / self.ratio[0]))))
-        top = torch.where(found, integers(uniforms[:, -2], high - height + 1), torch.floor((high - height) / 2))
-        left = torch.where(found, integers(uniforms[:, -1], wide - width + 1), torch.floor((wide - width) / 2))
+        logs = between(uniforms[:, _TRIES : 2 * _TRIES], math.log(low_ratio), math.log(high_ratio))
+        ratio = torch.exp(logs)
+        widths = torch.round(torch.sqrt(area * ratio))
+        heights = torch.round(torch.sqrt(area / ratio))
+        fits = (widths > 0) & (widths <= wide) & (heights > 0) & (heights <= high)
+        # argmax gives the first of equal values; of uint8, as bool has no argmax
+        first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+        any_fits = fits.any(dim=1)
+        # torchvision's fallback: the whole image, of which one side is cut to the nearest ratio
+        largest_width = min(wide, float(round(high * high_ratio)))
+        largest_height = min(high, float(round(wide / low_ratio)))
+        width = torch.where(any_fits, widths.gather(1, first)[:, 0], largest_width)
+        height = torch.where(any_fits, heights.gather(1, first)[:, 0], largest_height)
+        free_y = high - height
+        free_x = wide - width
+        top = torch.where(any_fits, integers(uniforms[:, -2], free_y + 1), torch.floor(free_y / 2))
+        left = torch.where(any_fits, integers(uniforms[:, -1], free_x + 1), torch.floor(free_x / 2))
         return {"top": top, "left": left, "height": height, "width": width}
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
@@ -170,8 +206,14 @@ class HorizontalFlip(Geometric):
 class RandomAffine(Geometric):
     """Turns, shears, zooms and shifts at once.
 
-    degrees, shear (x per y), translate (fraction of the side), aspect (wider by exp(aspect), lower by as much): largest
-    absolute value; uniform, of either sign. scale: range of the zoom; above 1 makes the content larger.
+    The first four are largest absolute values of a uniform number of either sign.
+
+    degrees: angle.
+    shear: pixels along x per pixel along y.
+    translate: fraction of the side.
+    aspect: the content becomes wider by exp(aspect) and lower by as much.
+    scale: range of the zoom; above 1 the content becomes larger.
+    p: probability that an image is moved.
     """
 
     draws = 6
@@ -185,8 +227,12 @@ class RandomAffine(Geometric):
         aspect: NonNegative = 0.0,
         p: Fraction = 1.0,
     ) -> None:
-        self.degrees, self.shear, self.translate, self.aspect, self.p = degrees, shear, translate, aspect, p
+        self.degrees = degrees
+        self.shear = shear
+        self.translate = translate
         self.scale = ordered("scale", scale, 1e-2)
+        self.aspect = aspect
+        self.p = p
 
     def draw(self, uniforms: Tensor, size: Size) -> Params:
         sign = 2 * uniforms - 1
@@ -200,41 +246,62 @@ class RandomAffine(Geometric):
         }
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
-        cos, sin = torch.cos(torch.deg2rad(params["degrees"])), torch.sin(torch.deg2rad(params["degrees"]))
+        angle = torch.deg2rad(params["degrees"])
+        cos = torch.cos(angle)
+        sin = torch.sin(angle)
+        # the map leads from output to input, so content grows where coordinates shrink
         across = torch.exp(-params["aspect"]) / params["scale"]
         down = torch.exp(params["aspect"]) / params["scale"]
         shear = params["shear"]
-        a, b = cos * across, (cos * shear - sin) * down
-        c, d = sin * across, (sin * shear + cos) * down
+        # rotation times shear times the diagonal of both scales, multiplied out
+        a = cos * across
+        b = (cos * shear - sin) * down
+        c = sin * across
+        d = (sin * shear + cos) * down
         return centred(size, a, b, params["x"], c, d, params["y"])
 
 
 class Rotate(Geometric):
-    """Turns about the centre by an angle uniform in [-degrees, degrees]; positive is counter-clockwise."""
+    """Turns about the centre by an angle uniform in [-degrees, degrees].
+
+    Positive angles turn counter-clockwise.
+    """
 
     draws = 1
 
     def __init__(self, degrees: NonNegative = 30.0, p: Fraction = 1.0) -> None:
-        self.degrees, self.p = degrees, p
+        self.degrees = degrees
+        self.p = p
 
     def draw(self, uniforms: Tensor, size: Size) -> Params:
         return {"degrees": self.degrees * (2 * uniforms[:, 0] - 1)}
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
-        cos, sin = torch.cos(torch.deg2rad(params["degrees"])), torch.sin(torch.deg2rad(params["degrees"]))
+        angle = torch.deg2rad(params["degrees"])
+        cos = torch.cos(angle)
+        sin = torch.sin(angle)
+        # As y points down, this is a clockwise turn, and it leads from output to input: what is
+        # seen turns the other way.
         return centred(size, cos, -sin, 0.0, sin, cos, 0.0)
 
 
 class ShearX(SignedAmount):
-    """Moves rows sideways, the more the lower they lie: x_in = x + amount * y in pixels from the upper left corner."""
+    """Moves rows sideways, the lower ones by more.
+
+    x_in = x + amount * y, in pixels from the upper left corner.
+    """
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
+        # in units of half the width; the offset is such that the upper edge, y = -1, stays
         slope = params["amount"] * (size[0] / size[1])
         return affine(1.0, slope, slope, 0.0, 1.0, 0.0)
 
 
 class ShearY(SignedAmount):
-    """Moves columns down, the more the further right they lie: y_in = y + amount * x from the upper left corner."""
+    """Moves columns up or down, those further right by more.
+
+    y_in = y + amount * x, in pixels from the upper left corner.
+    """
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
         slope = params["amount"] * (size[1] / size[0])
@@ -245,6 +312,7 @@ class TranslateX(SignedAmount):
     """Shifts sideways by a fraction of the width."""
 
     def matrix(self, params: Params, size: Size, target: Size) -> Tensor:
+        # times 2, as an image is 2 wide in these coordinates
         return affine(1.0, 0.0, 2 * params["amount"], 0.0, 1.0, 0.0)
 
 

@@ -16,9 +16,10 @@ from deepclust.folder.shown import Closeness, choose, closeness, duplicate_group
 from deepclust.folder.state import NOISE, State
 from deepclust.report.gallery import MAX_GALLERIES, Gallery, strip_html
 from deepclust.report.map import Legend, Thumbs, link_to, map_section, spread
-from deepclust.report.page import Row, Section, figure_label, scores_table, write_report
+from deepclust.report.page import Section, write_report
 from deepclust.report.palette import NOISE_COLOUR, palette
 from deepclust.report.plots import Bar, curve
+from deepclust.report.scores import Row, figure_label, scores_table
 
 TILES, MOST, FEWEST = 480, 20, 3
 """Images of all galleries together, and the most and fewest of one."""

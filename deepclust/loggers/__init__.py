@@ -1,7 +1,7 @@
-"""Where a run's numbers and messages go: the terminal, files in the run folder, Weights & Biases, TensorBoard.
+"""Where a run's numbers and messages go: terminal, run folder, Weights & Biases, TensorBoard.
 
-A logger never changes training: it draws no random numbers, and one that fails is switched off with a warning.
-Importing this file imports no torch and no wandb.
+A logger never changes training: it draws no random numbers, and one that fails is switched off with
+a warning. Importing this file imports no torch and no wandb.
 """
 
 from __future__ import annotations
@@ -20,31 +20,47 @@ Level = Literal["info", "warning", "error"]
 
 
 class Logger(Protocol):
-    """What every logger does. `step` counts macro batches over all stages, as the files' and W&B's own axis."""
+    """What every logger does."""
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Called once before training; info: `name`, `config` (the resolved tree) and what else describes the run."""
+        """Called once before training.
+
+        info: `name`, `folder`, `config` (the resolved tree) and what else describes the run.
+        """
 
     def log(self, metrics: Mapping[str, float], step: int, stage: str) -> None:
-        """One step's numbers. A second call for a step adds to it.
+        """Takes the numbers of one step; a second call for the same step adds to it.
 
-        Names that mean something: `loss`, `images_per_second`, `epoch`, `stage_step` of `stage_steps`.
+        metrics: name to number. Names that loggers know: `loss`, `images_per_second`, `epoch`,
+            `stage_step` and `stage_steps` (the step within the stage and their number).
+        step: macro batches so far over all stages.
+        stage: name of the stage.
         """
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table of results, for people."""
+        """Takes a table of results for people to read.
+
+        title: what stands above it.
+        columns: names of the columns.
+        rows: one cell for each column; None where there is no figure.
+        """
 
     def message(self, text: str, level: Level = "info") -> None:
-        """One or more lines of plain words."""
+        """Takes one or more lines of plain words.
+
+        level: `info`, `warning` or `error`.
+        """
 
     def finish(self, state: str) -> None:
-        """Called once at the end, however it ends; state as in `status.json`."""
+        """Called once at the end, however the run ends; `state` is as in status.json."""
 
 
 class Loggers:
-    """Hands everything on to each logger. One that raises is named once and switched off; the run goes on.
+    """Hands everything on to each logger.
 
-    Only a UserError passes: a disk too full for the run's own metrics stops it, and it can be resumed without a gap.
+    A logger that raises is switched off with a warning that names it, and the run goes on. Only a
+    UserError is passed on: a disk too full for the run's own metrics stops the run, which can then
+    be resumed without a gap.
     """
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
@@ -55,8 +71,17 @@ class Loggers:
         self._each(lambda logger: logger.start(info))
 
     def log(self, metrics: Mapping[str, float], step: int, stage: str) -> None:
-        """See `Logger.log`. Values that are not numbers are refused by TypeError: a mistake of the caller."""
-        numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        """See `Logger.log`.
+
+        Raises:
+            TypeError: a value is not a number, which is a mistake of the caller.
+        """
+        # here and not in a logger, whose exception would only switch it off; float() also makes
+        # plain numbers of tensors and NumPy's
+        numbers = {
+            name: value if isinstance(value, int) else float(value)
+            for name, value in metrics.items()
+        }
         self._each(lambda logger: logger.log(numbers, step, stage))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -69,40 +94,57 @@ class Loggers:
 
     @contextmanager
     def advice(self) -> Iterator[None]:
-        """Inside it, warnings of the class `Advice` are messages; all others stay what they are."""
+        """Within the context, warnings of the class `Advice` become messages; others stay."""
         with warnings.catch_warnings():
-            shown = warnings.showwarning
+            show_other = warnings.showwarning
 
-            def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
                 if issubclass(category, Advice):
                     self.message(str(message), "warning")
                 else:
-                    shown(message, category, *where, **more)
+                    show_other(message, category, *args, **kwargs)
 
             warnings.showwarning = show
+            # so that no filter of the environment hides advice, or shows it for one stage only
             warnings.simplefilter("always", Advice)
             yield
 
     def finish(self, state: str) -> None:
-        """See `Logger.finish`."""
+        """See `Logger.finish`. Every logger finishes: no error stops the others here."""
         self._each(lambda logger: logger.finish(state), fatal=())
 
-    def _each(self, call: Callable[[Logger], None], fatal: tuple[type[Exception], ...] = (UserError,)) -> None:
+    def _each(
+        self,
+        call: Callable[[Logger], None],
+        fatal: tuple[type[Exception], ...] = (UserError,),
+    ) -> None:
+        """Calls each active logger; errors other than the `fatal` ones switch it off."""
+        # a copy, as the loop removes loggers
         for logger in list(self.active):
             try:
                 call(logger)
             except fatal:
                 raise
             except Exception as error:
+                # before the message, which is for the others alone
                 self.active.remove(logger)
                 cause = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.message(f"{type(logger).__name__} is off from here on: {cause}", "warning")
 
 
-def build_loggers(settings: Mapping[str, Any], folder: Path, rank: int = 0, resumed_step: int = 0) -> Loggers:
-    """The loggers that `settings` (keys of `deepclust.settings.LoggerSettings`) ask for; none on ranks above 0.
+def build_loggers(
+    settings: Mapping[str, Any],
+    folder: Path,
+    rank: int = 0,
+    resumed_step: int = 0,
+) -> Loggers:
+    """The loggers of a run; none on ranks above 0.
 
-    resumed_step: the step over all stages that the run goes on from; logged steps after it are cut off, 0 starts anew.
+    settings: keys of `deepclust.settings.LoggerSettings`.
+    folder: the run folder.
+    rank: rank of this process.
+    resumed_step: the step over all stages that the run goes on from. Steps that were logged after
+        it are cut off, as they are trained again; 0 starts anew.
     """
     if rank > 0:
         return Loggers()
@@ -111,22 +153,31 @@ def build_loggers(settings: Mapping[str, Any], folder: Path, rank: int = 0, resu
     from deepclust.loggers.wandb import WandbLogger
 
     chosen = LoggerSettings(**settings)
-    loggers: list[Logger] = [FileLogger(folder, resumed_step)]
+    loggers = Loggers()
+
+    def warn(text: str) -> None:
+        loggers.message(text, "warning")
+
+    # console and files first, so that they can show what the services below warn of
     if chosen.console:
-        loggers.insert(0, ConsoleLogger())
-    together = Loggers(loggers)
-    warn = lambda text: together.message(text, "warning")  # noqa: E731
+        loggers.active.append(ConsoleLogger())
+    loggers.active.append(FileLogger(folder, resumed_step))
     if chosen.tensorboard:
         from deepclust.loggers.tensorboard import TensorBoardLogger
 
-        together.active.append(TensorBoardLogger(folder, resumed_step, warn))
+        loggers.active.append(TensorBoardLogger(folder, resumed_step, warn))
     if chosen.wandb != "disabled":
-        together.active.append(WandbLogger(folder, chosen.wandb, chosen.wandb_project, chosen.wandb_entity, warn))
-    return together
+        project, entity = chosen.wandb_project, chosen.wandb_entity
+        loggers.active.append(WandbLogger(folder, chosen.wandb, project, entity, warn))
+    return loggers
 
 
 def display(value: Any) -> str:
-    """A table cell for people: four digits of a float, a dash for nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """A value as text of a table cell: four digits of a float, a dash for None and NaN."""
+    if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4g}"

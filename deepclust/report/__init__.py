@@ -8,6 +8,7 @@ __all__ = ["write_report"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    # imported when first used, so that a part of the report loads no more than it needs
     if name == "write_report":
         from deepclust.report.page import write_report
 

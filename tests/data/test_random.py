@@ -7,7 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
-from deepclust.data.random import normals, random_bits, sample_keys, uniforms
+from deepclust.data.random import (
+    Stream,
+    normals,
+    random_bits,
+    sample_keys,
+    seed_for,
+    stream_key,
+    uniforms,
+)
 
 POSITIONS = torch.arange(4000)
 
@@ -85,3 +93,17 @@ def test_the_global_generator_stays_untouched():
 def test_any_integer_is_a_seed():
     for seed in (-1, 2**63, 2**64 - 1, 2**80):
         assert uniforms(sample_keys(seed, 0, 0, POSITIONS[:2], 0), 1).shape == (2, 1)
+
+
+def test_streams_have_the_values_that_earlier_runs_drew_from():
+    values = {"ORDER": -1, "TRAINING": -2, "NETWORK": -3, "BANK": -4, "PARTNER": 7}
+    assert {stream.name: int(stream) for stream in Stream} == values
+
+
+def test_a_streams_key_is_that_of_position_0_and_its_seed_has_no_sign():
+    for stream in Stream:
+        for seed, stage, number in ((0, 0, 0), (5, 1, 2), (2**32 - 1, 3, -9)):
+            key = stream_key(seed, stage, number, stream)
+            assert key == int(sample_keys(seed, stage, number, POSITIONS[:1], int(stream))[0])
+            assert 0 <= seed_for(seed, stage, number, stream) < 2**63
+            assert (seed_for(seed, stage, number, stream) - key) % 2**63 == 0
