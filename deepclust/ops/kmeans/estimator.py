@@ -62,7 +62,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self.random_state = random_state
 
     def fit(self, X: Any, y: None = None, sample_weight: Any = None) -> KMeans:
-        """Finds the centroids of X (N, D) with `sample_weight` (N,), all one if None; returns self."""
+        """Finds the centroids of X (N, D); sample_weight (N,) or None where all are one."""
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         weights = None
         if sample_weight is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepclust.ops.kmeans.assign import backend_for, bias_of, rows_at_a_time
 from deepclust.ops.kmeans.batch import Solved, solve_all
-from deepclust.ops.kmeans.init import initial_centroids
+from deepclust.ops.kmeans.init import initial_centroids, restart_seed
 from deepclust.ops.kmeans.lloyd import Settings, lloyd
 from deepclust.ops.kmeans.ranks import Ranks
 from deepclust.ops.kmeans.rows import Rows
@@ -175,8 +175,7 @@ def _solve(
     # A given start would be the same in every restart.
     num_restarts = 1 if isinstance(start, Tensor) else settings.num_restarts
     for restart in range(num_restarts):
-        # Mixed, not added: restart 1 of seed 0 must not be restart 0 of seed 1.
-        stream = int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
+        stream = restart_seed(seed, restart)
         centroids = initial_centroids(rows, num_clusters, start, stream, backend)
         runs.append(lloyd(rows, centroids, assign, settings, stream))
     best = min(runs, key=lambda run: run.inertia)

@@ -283,7 +283,7 @@ def by_cluster(
     num_clusters: int,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `segment_sums`, by a guarded kernel: sums (K, D) and total weights (K,) of the clusters."""
+    """Sums (K, D) and total weights (K,) as `segment_sums` gives them, by a guarded kernel."""
     key = (str(block.device), block.dtype, "sums")
     if block.dtype == torch.float64 or GUARD.distrusts(*key):
         return segment_sums(block, labels, num_clusters, weights)

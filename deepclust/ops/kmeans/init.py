@@ -26,6 +26,12 @@ NO_CHANCE = 1e-290
 Far below any squared distance, yet a cumulated sum of such terms stays above zero."""
 
 
+def restart_seed(seed: int, restart: int) -> int:
+    """Seed of one restart's random numbers."""
+    # Mixed, not added: restart 1 of seed 0 must not be restart 0 of seed 1.
+    return int(np.random.SeedSequence([seed, restart]).generate_state(1)[0])
+
+
 def initial_centroids(
     rows: Rows,
     num_clusters: int,
