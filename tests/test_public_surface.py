@@ -13,6 +13,8 @@ SURFACE = {
     "deepclust.ops": {
         "KMeans",
         "kmeans",
+        "hierarchical_kmeans",
+        "balanced_sample",
         "sinkhorn",
         "self_label",
         "partial_transport",
@@ -27,6 +29,8 @@ SURFACE = {
 SIGNATURES = {
     "deepclust.ops.kmeans": "x num_clusters init num_iters tol num_restarts spherical empty sample_weights chunk_size "
     "seed group",
+    "deepclust.ops.hierarchical_kmeans": "x num_clusters seed",
+    "deepclust.ops.balanced_sample": "tree count seed",
     "deepclust.ops.sinkhorn": "scores epsilon num_iters column_marginal group",
     "deepclust.ops.self_label": "log_probs power tol stop group",
     "deepclust.ops.partial_transport": "logits mass kl_weight epsilon tol max_iters warm_start group",

@@ -1,10 +1,11 @@
-"""Which of several clusterings of the same features to believe, where nobody has labels.
+"""Criteria for choosing among several clusterings of the same features, where nobody has labels.
 
-Every criterion is larger for the better clustering. How well each chooses on sets that have labels is measured by
-`scripts/compare_clusterers.py`. None chooses better than somebody who always takes `diffusion`: of 20 sets and subsets,
-each clustered by diffusion, spectral, spherical k-means and Ward, that costs 1.1 points of accuracy against the best of
-the four; the mean rank costs 1.2, consensus 1.4, neighbour agreement 2.8, silhouette 2.9, self-prediction 3.6. So the
-default is a preference with a guard, which none of these sets needed.
+Every criterion is larger for the better clustering. How well each chooses on sets that have labels
+is measured by `scripts/compare_clusterers.py`. None chooses better than somebody who always takes
+`diffusion`: of 20 sets and subsets, each clustered by diffusion, spectral, spherical k-means and
+Ward, that costs 1.1 points of accuracy against the best of the four; the mean rank costs 1.2,
+consensus 1.4, neighbour agreement 2.8, silhouette 2.9, self-prediction 3.6. So the default is a
+preference for diffusion with a guard, which none of these sets needed.
 """
 
 from __future__ import annotations
@@ -16,90 +17,134 @@ import numpy as np
 import torch
 
 from deepclust.clusterers import neighbors_of
-from deepclust.eval.label_free import as_array, neighbor_agreement, sample_rows, silhouette
+from deepclust.eval.label_free import as_array, sample_rows, silhouette
 from deepclust.eval.metrics import as_labels, entropy
-from deepclust.ops.agreement import normalized_mutual_information
+from deepclust.ops.agreement import neighbor_agreement, normalized_mutual_information
 from deepclust.ops.eigen import dense
 
 SINGLE = ("neighbor_agreement", "silhouette", "consensus", "self_prediction")
+"""Criteria that are measured; the others are made of these."""
 CRITERIA = (*SINGLE, "mean_rank", "preference")
 DEFAULT = "preference"
-PREFERRED, LEAD = "diffusion", 0.02
-"""The clusterer that is preferred, unless neighbours agree by so much better on another's clusters."""
+PREFERRED = "diffusion"
+"""The clusterer that is preferred, unless another's clusters lead by more than `LEAD`."""
+LEAD = 0.02
+"""Neighbour agreement by which another clustering must be better than the preferred one."""
 FEWER = 0.5
-"""Share of the median number of clusters below which a clustering is not preferred: few large ones agree easily.
+"""Share of the median number of clusters below which a clustering is not preferred.
 
-Clusters count by their sizes, as the exponential of the entropy."""
+Few large clusters agree easily. They count by their sizes, as the exponential of the entropy."""
 MAX_ROWS = 5000
-"""Rows on which a linear map is fitted; the other criteria see as many as `silhouette` draws, or all."""
+"""Rows to which a linear map is fitted; the other criteria see as many as they draw, or all."""
+TINY = 1e-12
+"""Least denominator: rows, variances and chances below it count as this much."""
 
 
-def criteria(features: Any, clusterings: Mapping[str, Any], *, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Each clustering's criteria by name, all in the unit of a share but for the rank.
+def criteria(
+    features: Any,
+    clusterings: Mapping[str, Any],
+    *,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Criteria of each clustering by name, all shares of one but for the rank.
 
-    features: (N, D). clusterings: name to labels (N,); at least two for `consensus`, which is else 0.
+    `neighbor_agreement`: how often the 15 nearest neighbours share a cluster, beyond chance.
+    `silhouette`: mean under cosine distance.
+    `consensus`: mean normalised mutual information with the other clusterings (Strehl and Ghosh
+    2002), 0 where there are none.
+    `self_prediction`: how well a linear map that has not seen a row predicts its cluster, beyond
+    chance.
+    `mean_rank`: the mean rank by these four, 0 for the last to 1 for the first.
+    `preference`: neighbour agreement, 0.02 more for the clustering called `diffusion`, and 1 less
+    for one with far fewer clusters (`FEWER`).
 
-    neighbor_agreement: how often the 15 nearest neighbours share a cluster, beyond chance. silhouette: mean under
-    cosine distance. consensus: mean normalised mutual information with the other clusterings (Strehl and Ghosh 2002).
-    self_prediction: how well a linear map that has not seen a row tells its cluster, beyond chance.
-    mean_rank: the mean place, 0 for the last to 1 for the first, by these four. preference: neighbour agreement, 0.02
-    more for the clustering that is called `diffusion`, and 1 less for one with far fewer clusters (`FEWER`).
+    Args:
+        features: (N, D), compared by direction.
+        clusterings: name to labels (N,).
+        seed: of the rows that are drawn.
     """
     rows = as_array(features).astype(np.float32)
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), TINY)
     labels = {name: as_labels(each, name) for name, each in clusterings.items()}
-    graph, part = neighbors_of(rows), sample_rows(len(rows), MAX_ROWS, seed)
-    predict, others = _left_out(rows[part]), consensus(labels)
+    graph = torch.from_numpy(neighbors_of(rows))
+    part = sample_rows(len(rows), MAX_ROWS, seed)
+    predict = _left_out(rows[part])
+    agreements = consensus(labels)
     scores: dict[str, dict[str, float]] = {}
     for name, each in labels.items():
         scores[name] = {
-            "neighbor_agreement": neighbor_agreement(each, graph),
+            "neighbor_agreement": float(neighbor_agreement(torch.from_numpy(each), graph)),
             "silhouette": silhouette(rows, each, seed=seed) or 0.0,
-            "consensus": others[name],
+            "consensus": agreements[name],
             "self_prediction": predict(each[part]),
         }
-    for name, place in _mean_ranks(scores).items():
-        scores[name]["mean_rank"] = place
-    counts = {name: np.exp(entropy(np.unique(each, return_counts=True)[1])) for name, each in labels.items()}
+    for name, rank in _mean_ranks(scores).items():
+        scores[name]["mean_rank"] = rank
+    counts = {name: _effective_number(each) for name, each in labels.items()}
     for name, each in scores.items():
-        lost = counts[name] < FEWER * np.median(list(counts.values()))
-        each["preference"] = each["neighbor_agreement"] + LEAD * (name == PREFERRED) - float(lost)
+        few = counts[name] < FEWER * np.median(list(counts.values()))
+        each["preference"] = each["neighbor_agreement"] + LEAD * (name == PREFERRED) - float(few)
     return scores
 
 
+def _effective_number(labels: np.ndarray) -> float:
+    """Number of clusters, by their sizes: K where all are equal, 1 where one holds nearly all."""
+    return np.exp(entropy(np.unique(labels, return_counts=True)[1]))
+
+
 def choose(scores: Mapping[str, Mapping[str, float]], by: str = DEFAULT) -> str:
-    """The name with the largest criterion, the first of equals. Raises ValueError for an unknown criterion."""
+    """Name of the clustering with the largest criterion, the first of equals.
+
+    Args:
+        scores: of `criteria`.
+        by: one of `CRITERIA`.
+
+    Raises:
+        ValueError: an unknown criterion, or no clusterings.
+    """
     if by not in CRITERIA or not scores:
-        raise ValueError(f"criterion {by!r} of {len(scores)} clusterings: choose one of {', '.join(CRITERIA)}")
+        raise ValueError(
+            f"criterion {by!r} of {len(scores)} clusterings: choose one of {', '.join(CRITERIA)}"
+        )
     return max(scores, key=lambda name: scores[name][by])
 
 
 def consensus(labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean normalised mutual information of each clustering with the others; 0 where there are none."""
-    names, tensors = list(labels), {name: torch.from_numpy(each) for name, each in labels.items()}
+    """Mean normalised mutual information of each clustering (N,) with the others, by name.
+
+    0 where there are no others.
+    """
+    names = list(labels)
+    tensors = [torch.from_numpy(labels[name]) for name in names]
     table = np.zeros((len(names), len(names)))
-    for row, first in enumerate(names):
+    for row in range(len(names)):
         for column in range(row):
-            found = float(normalized_mutual_information(tensors[first], tensors[names[column]]))
-            table[row, column] = table[column, row] = found
+            shared = float(normalized_mutual_information(tensors[row], tensors[column]))
+            table[row, column] = shared
+            table[column, row] = shared
     return dict(zip(names, (table.sum(1) / max(1, len(names) - 1)).tolist()))
 
 
 def _left_out(rows: np.ndarray) -> Callable[[np.ndarray], float]:
-    """A function of labels (n,): Cohen's kappa of them with those that ridge regression predicts for left-out rows.
+    """Function of labels (n,): Cohen's kappa with what ridge regression predicts for left-out rows.
 
-    The regression of all rows tells each left-out row's prediction: (fitted - leverage y) / (1 - leverage) (Allen's
-    PRESS, 1974), so one decomposition of the rows (n, D) serves all clusterings. The ridge is the mean eigenvalue.
+    The regression of all rows gives each left-out row's prediction: (fitted - leverage y) /
+    (1 - leverage) (Allen's PRESS, 1974), so one decomposition of the rows (n, D) serves all
+    clusterings. The ridge is the mean eigenvalue.
     """
     centred = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
+    # The smaller of the two products has the same eigenvalues, but for zeros.
     wide = centred.shape[1] > len(centred)
     values, vectors = dense(centred @ centred.T if wide else centred.T @ centred)
+    # Rounding makes eigenvalues of 0 a little negative; 1e-300 keeps equal rows from 0 / 0.
     values = values.clip(0)
     shrink = values / (values + max(values.mean(), 1e-300))
     if wide:
         basis = vectors
     else:
-        basis = centred @ vectors / np.sqrt(np.maximum(values, 1e-12 * max(values.max(), 1e-300)))
+        smallest = TINY * max(values.max(), 1e-300)
+        basis = centred @ vectors / np.sqrt(np.maximum(values, smallest))
+    # 1 / n is the leverage of the intercept.
     leverage = (basis**2) @ shrink + 1 / len(rows)
 
     def kappa(labels: np.ndarray) -> float:
@@ -107,19 +152,23 @@ def _left_out(rows: np.ndarray) -> Callable[[np.ndarray], float]:
         if len(names) < 2:
             return 0.0
         targets = np.eye(len(names))[codes]
-        fitted = basis @ (shrink[:, None] * (basis.T @ targets)) + targets.mean(0)
-        left_out = (fitted - leverage[:, None] * targets) / np.maximum(1 - leverage, 1e-9)[:, None]
-        predicted = left_out.argmax(1)
-        chance = float((targets.mean(0) * np.bincount(predicted, minlength=len(names)) / len(rows)).sum())
-        return (float((predicted == codes).mean()) - chance) / max(1 - chance, 1e-12)
+        shares = targets.mean(0)
+        fitted = basis @ (shrink[:, None] * (basis.T @ targets)) + shares
+        rest = np.maximum(1 - leverage, 1e-9)[:, None]
+        predicted = ((fitted - leverage[:, None] * targets) / rest).argmax(1)
+        predicted_sizes = np.bincount(predicted, minlength=len(names))
+        chance = float((shares * predicted_sizes / len(rows)).sum())
+        return (float((predicted == codes).mean()) - chance) / max(1 - chance, TINY)
 
     return kappa
 
 
 def _mean_ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean rank of each clustering by the criteria of `SINGLE`, from 0 (last) to 1 (first)."""
     names = list(scores)
     columns = np.array([[scores[name][criterion] for name in names] for criterion in SINGLE])
     below = (columns[:, None, :] < columns[:, :, None]).sum(2)
+    # Equals share their ranks; each equals itself.
     equal = (columns[:, None, :] == columns[:, :, None]).sum(2) - 1
-    places = (below + equal / 2).mean(0) / max(1, len(names) - 1)
-    return dict(zip(names, places.tolist()))
+    ranks = (below + equal / 2).mean(0) / max(1, len(names) - 1)
+    return dict(zip(names, ranks.tolist()))

@@ -1,4 +1,7 @@
-"""Mathematics shared by the methods: k-means, optimal transport, neighbours, whitening. Names load when first used."""
+"""Mathematics that the methods share: k-means, optimal transport, neighbours, whitening.
+
+Names load when first used, so that importing the package costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepclust.ops.kmeans.estimator import KMeans
     from deepclust.ops.kmeans.fit import kmeans
+    from deepclust.ops.kmeans.tree import balanced_sample, hierarchical_kmeans
     from deepclust.ops.neighbors import knn
     from deepclust.ops.transport import (
         mass_schedule,
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "KMeans": "kmeans.estimator",
+    "balanced_sample": "kmeans.tree",
+    "hierarchical_kmeans": "kmeans.tree",
     "kmeans": "kmeans.fit",
     "knn": "neighbors",
     "mass_schedule": "transport",
@@ -33,6 +39,8 @@ _HOMES = {
 }
 __all__ = [
     "KMeans",
+    "balanced_sample",
+    "hierarchical_kmeans",
     "kmeans",
     "knn",
     "mass_schedule",
@@ -51,9 +59,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Ops(ModuleType):
-    """Keeps `ops.kmeans` the function: importing the folder of that name would else put the module in its place."""
+    """Keeps `ops.kmeans` the function, of which there is a folder of the same name as well."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # Importing `deepclust.ops.kmeans.…` makes Python set the folder's module as attribute.
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -1,39 +1,68 @@
-"""How far two clusterings of the same samples agree, on the device where they are."""
+"""Agreement of clusterings with each other and with neighbour graphs, on the device they are on."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+# Keeps the denominators of cases that are decided otherwise above zero.
+TINY = 1e-300
+
 
 def normalized_mutual_information(first: Tensor, second: Tensor) -> Tensor:
-    """Mutual information of two label vectors (N,) int64, divided by the mean of their entropies.
+    """Mutual information of two clusterings over the arithmetic mean of their entropies (NMI).
 
-    Returns a float64 scalar from 0 to 1, 1 where both put everything in one cluster. Memory grows with the number of
-    pairs of labels that occur, not with K x K. DeepCluster (Caron et al. 2018, section 4.1) follows its labels by it.
+    Args:
+        first: (N,) int64 labels.
+        second: (N,) int64 labels of the same samples, whatever their names.
+
+    Returns:
+        Scalar, float64, from 0 to 1; 1 where both put everything in one cluster, 0 where one does.
     """
+    # Only pairs of labels that occur are counted: memory does not grow with K x K.
     pairs = torch.stack([first, second]).unique(dim=1, return_counts=True)
-    both = _entropy(pairs[1])
-    own = [_entropy(labels.unique(return_counts=True)[1]) for labels in (first, second)]
-    mean = (own[0] + own[1]) / 2
-    return torch.where(mean > 0, (own[0] + own[1] - both) / mean.clamp_min(1e-300), 1.0).clamp(0, 1)
+    joint = _entropy(pairs[1])
+    of_first = _entropy(first.unique(return_counts=True)[1])
+    of_second = _entropy(second.unique(return_counts=True)[1])
+    information = of_first + of_second - joint
+    mean = (of_first + of_second) / 2
+    # Rounding may lead a little beyond the ends.
+    return torch.where(mean > 0, information / mean.clamp_min(TINY), 1.0).clamp(0, 1)
 
 
 def neighbor_agreement(labels: Tensor, graph: Tensor, rows: Tensor | None = None) -> Tensor:
     """How often neighbours share a cluster, corrected for what cluster sizes alone would give.
 
-    labels: (N,) int64 clusters. graph: (N, k) int64 indices of each sample's neighbours, itself not among them. rows:
-    (n,) int64, the samples that count; all if not given. Returns (p - e) / (1 - e) as a float64 scalar, p = share of
-    the edges within a cluster, e = sum of squared cluster shares (the correction of Cohen 1960): 1 = all edges within
-    clusters, 0 = as by chance, and 0 where there is one cluster.
+    With p the share of the edges within a cluster and e the sum of squared cluster shares, it is
+    (p - e) / (1 - e), the correction for chance of Cohen 1960.
+
+    Args:
+        labels: (N,) int64 clusters.
+        graph: (N, k) int64 indices of each sample's neighbours, itself not among them.
+        rows: (n,) int64, the samples that count; None for all.
+
+    Returns:
+        Scalar, float64: 1 where all edges are within clusters, 0 as by chance, and 0 where there is
+        one cluster.
+
+    Raises:
+        ValueError: the graph does not have one row for each label.
     """
-    mine, around = (labels, graph) if rows is None else (labels[rows], graph[rows])
-    shares = mine.unique(return_counts=True)[1].double() / len(mine)
+    if graph.ndim != 2 or len(graph) != len(labels) or not graph.numel():
+        raise ValueError(
+            f"graph must have one row of neighbours for each of {len(labels)} labels, it is "
+            f"{tuple(graph.shape)}"
+        )
+    clusters = labels if rows is None else labels[rows]
+    neighbors = graph if rows is None else graph[rows]
+    shares = clusters.unique(return_counts=True)[1].double() / len(clusters)
     chance = shares.square().sum()
-    agreement = (labels[around] == mine[:, None]).double().mean()
-    return torch.where(shares.amax() < 1, (agreement - chance) / (1 - chance).clamp_min(1e-300), 0.0)
+    agreement = (labels[neighbors] == clusters[:, None]).double().mean()
+    corrected = (agreement - chance) / (1 - chance).clamp_min(TINY)
+    return torch.where(shares.amax() < 1, corrected, 0.0)
 
 
 def _entropy(counts: Tensor) -> Tensor:
+    """Entropy in nats of counts (M,), all positive; float64."""
     shares = counts.double() / counts.sum()
     return -(shares * shares.log()).sum()

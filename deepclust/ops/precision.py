@@ -1,4 +1,4 @@
-"""Which precision the mathematics is done in: float32 at least, whatever the surroundings."""
+"""The precision in which the mathematics is done: float32 at least, whatever the surroundings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def exact(function: Function) -> Function:
-    """No gradient, and no autocast: what is called inside mixed precision must not multiply in bfloat16."""
+    """Decorator that runs a function without gradients and without autocast.
+
+    Called inside mixed precision, the function would else multiply in bfloat16. Its first argument
+    tells the device.
+    """
 
     @wraps(function)
     def run(first: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,17 +32,18 @@ def exact(function: Function) -> Function:
 
 
 def plain(x: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32."""
+    """x in float64 if it is that, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64, or float32 on devices that have no float64."""
+    """x in float64, or in float32 on Apple's GPUs, which have no float64."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def has_onednn() -> bool:
-    """Whether torch offers oneDNN's product with a bias: a private operator, which any torch may lack."""
+    """Whether torch offers oneDNN's matrix product with a bias."""
+    # A private operator, which the next torch may lack.
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -62,12 +67,14 @@ def cuda_has_fast_bfloat16(device: torch.device) -> bool:
 
 @lru_cache
 def cpu_has_fast_bfloat16() -> bool:
-    """Whether bfloat16 is faster than float32 on this processor: Intel's AMX, AMD's AVX512-BF16, Arm's bf16.
+    """Whether this processor multiplies bfloat16 faster than float32.
 
-    Intel's AVX512-BF16 without AMX has the instructions but was measured no faster than float32.
+    Intel's AMX, AMD's AVX512-BF16 and Arm's bf16 do.
     """
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-    return "amx_bf16" in words or "bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
+    # Intel's AVX512-BF16 without AMX has the instructions but was measured no faster than float32.
+    amd = {"avx512_bf16", "AuthenticAMD"} <= words
+    return "amx_bf16" in words or "bf16" in words or amd

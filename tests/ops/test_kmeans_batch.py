@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepclust.ops import kmeans
+from deepclust.ops import balanced_sample, hierarchical_kmeans, kmeans
 from deepclust.ops.kmeans import batch
 from deepclust.ops.kmeans.fit import KMeansResult
-from deepclust.ops.kmeans.tree import balanced_sample, hierarchical_kmeans, share_evenly
+from deepclust.ops.kmeans.tree import share_evenly
 from tests.ops.test_kmeans import assert_nearest, mixture
 
 
@@ -108,6 +110,42 @@ def test_tree_of_clusters() -> None:
     assert all(len(torch.unique(top[fine == cluster])) <= 1 for cluster in range(100))
     with pytest.raises(ValueError, match="fall from level to level"):
         hierarchical_kmeans(x, [20, 20])
+
+
+def test_every_level_is_the_k_means_of_the_level_below() -> None:
+    x = mixture(900, 5, 30)
+    tree = hierarchical_kmeans(x, [60, 12, 3], seed=7, num_restarts=2)
+    rows = x
+    for number, level in enumerate(tree.levels):
+        again = kmeans(rows, len(level.centroids), seed=7 + number, num_restarts=2)
+        assert torch.equal(level.centroids, again.centroids)
+        assert torch.equal(level.labels, again.labels)
+        assert_nearest(rows, level.centroids, level.labels)
+        rows = level.centroids
+    for row in range(0, 900, 37):
+        cluster = row
+        for number, level in enumerate(tree.levels):
+            cluster = int(level.labels[cluster])
+            assert int(tree.labels(number)[row]) == cluster
+
+
+@pytest.mark.parametrize("count", [1, 37, 160, 700, 899])
+def test_a_balanced_sample_is_even_among_the_children_of_every_cluster(count: int) -> None:
+    """The shares of siblings differ by one at most, but for those that have no more rows."""
+    x = torch.cat([mixture(size, 4, 6, seed=seed) for seed, size in enumerate([600, 250, 50])])
+    tree = hierarchical_kmeans(x, [50, 10, 3])
+    chosen = balanced_sample(tree, count, seed=count)
+    assert len(chosen) == len(torch.unique(chosen)) == count
+    clusters = [tree.labels(level) for level in range(3)]
+    clusters.append(torch.zeros(len(x), dtype=torch.int64))  # the root, above all of the top
+    for below, above in pairwise(clusters):
+        for parent in torch.unique(above):
+            children = torch.unique(below[above == parent])
+            shares = torch.stack([(below[chosen] == child).sum() for child in children])
+            sizes = torch.stack([(below == child).sum() for child in children])
+            assert bool((shares <= sizes).all())
+            unfilled = shares[shares < sizes]
+            assert not len(unfilled) or int(unfilled.min()) >= int(shares.max()) - 1
 
 
 def test_balanced_sample_evens_out_a_long_tail() -> None:

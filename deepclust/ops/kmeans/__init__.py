@@ -1,1 +1,1 @@
-"""Exact k-means: `fit.py` is the way in, `lloyd.py` the loop, `step.py` one assignment and update."""
+"""Exact k-means: start at `fit.py`; `lloyd.py` has the loop, `step.py` one pass over the rows."""

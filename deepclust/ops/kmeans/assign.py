@@ -1,6 +1,7 @@
-"""Interchangeable ways of finding every row's nearest centroid: the largest x·c + bias, the lowest index among equals.
+"""Backends that find the nearest centroids: the largest x·c + bias, the lowest index of equals.
 
-Each is a function that takes the centroids once per iteration and gives a function of one block of rows.
+A backend is a function of the centroids, called once per iteration; it returns a function of one
+block of rows. Because |x − c|² = |x|² − 2 (x·c − |c|²/2), the largest x·c + bias is the nearest.
 """
 
 from __future__ import annotations
@@ -16,112 +17,156 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.kmeans.gpu import GPU_BACKENDS, chunk_for, gpu_backend, has_triton
+from deepclust.ops.kmeans.step import Assign, Backend
 from deepclust.ops.precision import has_onednn
 
-Assign = Callable[[Tensor, Tensor], None]
-"""(block (B, D), labels (B,) int64, written)."""
-Backend = Callable[[Tensor, "Tensor | None", int], Assign]
-"""(centroids (K, D), bias (K,) or None, rows at a time)."""
 Gemm = Callable[[Tensor, Tensor], Tensor]
 """(rows (R, D), scores (R, K) that may be written) → the tensor that holds the scores."""
 
+TRIAL_ROUNDS = 8
+"""Most timings of each product in a trial."""
+TRIAL_SECONDS = 0.02
+"""Time after which a trial ends, once every product has been timed three times."""
+
 
 def bias_of(centroids: Tensor, spherical: bool) -> Tensor | None:
-    """(K,) −‖c‖²/2, or None where all centroids have length one."""
-    return None if spherical else centroids.square().sum(1).mul_(-0.5)
+    """−‖c‖²/2 of every centroid (K,), or None where all centroids have length one."""
+    if spherical:
+        return None
+    return centroids.square().sum(1).mul_(-0.5)
 
 
 def rows_at_a_time(num_clusters: int, dim: int, device: torch.device) -> int:
-    """Rows whose scores stay in the second-level cache; long rows repay packing the centroids only in larger lots."""
+    """Rows to compare with all K centroids (K, D) at one time."""
     if device.type == "cuda":
         return chunk_for(num_clusters, device)
-    return max(min(4096, (1 << 18) // num_clusters), min(1024, max(256, 2 * dim)))
+    # 2^18 float32 scores are 1 MiB: they stay in a processor's second-level cache.
+    in_cache = min(4096, (1 << 18) // num_clusters)
+    # Each product packs the centroids anew, which costs as much as a few rows do. The longer the
+    # rows, the more of them it takes to repay that.
+    repaid = min(1024, max(256, 2 * dim))
+    return max(in_cache, repaid)
 
 
 def by_torch(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
-    """Any device and dtype."""
+    """Backend of torch's own operators, for any device and dtype."""
 
     def assign(block: Tensor, labels: Tensor) -> None:
         for low in range(0, len(block), chunk_size):
             rows = block[low : low + chunk_size]
-            scores = torch.mm(rows, centroids.T) if bias is None else torch.addmm(bias, rows, centroids.T)
+            if bias is None:
+                scores = torch.mm(rows, centroids.T)
+            else:
+                scores = torch.addmm(bias, rows, centroids.T)
             torch.argmax(scores, dim=1, out=labels[low : low + chunk_size])
 
     return assign
 
 
 def by_numpy(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
-    """Processors: one fixed product per processor, so that runs repeat bit by bit, and NumPy's vectorised argmax."""
+    """Backend for processors: a matrix product fixed per processor, and NumPy's argmax.
+
+    The product is not chosen by timing, so that runs repeat bit by bit.
+    """
     return _by_product(centroids, _gemms(centroids, bias)[_steady(centroids.dtype)], chunk_size)
 
 
 def by_fastest(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
-    """As `by_numpy` with the product that a short trial finds fastest: two runs may differ in the last bits."""
+    """As `by_numpy`, with the product that a short trial finds fastest.
+
+    Two runs may choose differently and then differ in the last bits.
+    """
     name = _steady(centroids.dtype)
     if centroids.dtype == torch.float32 and not torch.are_deterministic_algorithms_enabled():
-        name = _trial((chunk_size, *centroids.T.shape), bias is not None, torch.get_num_threads())
+        shape = (chunk_size, *centroids.T.shape)
+        name = _trial(shape, bias is not None, torch.get_num_threads())
     return _by_product(centroids, _gemms(centroids, bias)[name], chunk_size)
 
 
 def _by_product(centroids: Tensor, gemm: Gemm, chunk_size: int) -> Assign:
+    # One buffer for the scores of all chunks: fresh pages for each would cost time.
     scores = torch.empty(chunk_size, len(centroids), dtype=centroids.dtype)
 
     def assign(block: Tensor, labels: Tensor) -> None:
         out = labels.numpy()
         for low in range(0, len(block), chunk_size):
             rows = block[low : low + chunk_size]
-            np.argmax(gemm(rows, scores[: len(rows)]).numpy(), axis=1, out=out[low : low + len(rows)])
+            best = gemm(rows, scores[: len(rows)]).numpy()
+            # NumPy's argmax is vectorised and faster than torch's on a processor.
+            np.argmax(best, axis=1, out=out[low : low + len(rows)])
 
     return assign
 
 
 def by_faiss(centroids: Tensor, bias: Tensor | None, chunk_size: int) -> Assign:
-    """faiss's exact flat search (float32, processor)."""
+    """Backend of faiss's exact flat search (float32, processor)."""
     import faiss
 
-    index = (faiss.IndexFlatIP if bias is None else faiss.IndexFlatL2)(centroids.shape[1])
+    flat = faiss.IndexFlatIP if bias is None else faiss.IndexFlatL2
+    index = flat(centroids.shape[1])
     index.add(centroids.float().numpy())  # pyright: ignore[reportCallIssue]
 
     def assign(block: Tensor, labels: Tensor) -> None:
-        found = index.search(block.float().numpy(), 1)[1]  # pyright: ignore[reportCallIssue]
-        labels.copy_(torch.from_numpy(found[:, 0]))
+        _, nearest = index.search(block.float().numpy(), 1)  # pyright: ignore[reportCallIssue]
+        labels.copy_(torch.from_numpy(nearest[:, 0]))
 
     return assign
 
 
 def backend_for(name: str, device: torch.device) -> Backend:
-    """The backend called `name`; "auto" takes one that repeats bit by bit on this device.
+    """The backend called `name`, for rows on a device.
+
+    "auto" gives one that repeats bit by bit there.
 
     Raises:
-        ValueError: unknown name, or one that does not work here.
+        ValueError: unknown name, or a backend that does not work on this device or is not
+            installed.
     """
     if name == "auto":
-        name = "numpy" if device.type == "cpu" else "triton" if has_triton(device) else "torch"
-    if name not in (*BACKENDS, *GPU_BACKENDS):
-        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join((*BACKENDS, *GPU_BACKENDS))}")
-    if name in GPU_BACKENDS or (name == "faiss" and device.type == "cuda" and find_spec("faiss") is not None):
+        name = _default_for(device)
+    names = (*BACKENDS, *GPU_BACKENDS)
+    if name not in names:
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(names)}")
+    has_faiss = find_spec("faiss") is not None
+    if name in GPU_BACKENDS or (name == "faiss" and device.type == "cuda" and has_faiss):
         return gpu_backend(name, device, by_torch)
     if name in ("numpy", "fastest", "faiss") and device.type != "cpu":
         raise ValueError(f"backend={name!r}: works on the processor, the rows are on {device}")
-    if name == "faiss" and find_spec("faiss") is None:
-        raise ValueError("backend='faiss': faiss is not installed; `pip install faiss-cpu`, or choose another backend")
+    if name == "faiss" and not has_faiss:
+        raise ValueError(
+            "backend='faiss': faiss is not installed; "
+            "`pip install faiss-cpu`, or choose another backend"
+        )
     return BACKENDS[name]
 
 
-BACKENDS: dict[str, Backend] = {"torch": by_torch, "numpy": by_numpy, "fastest": by_fastest, "faiss": by_faiss}
+def _default_for(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "numpy"
+    return "triton" if has_triton(device) else "torch"
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": by_torch,
+    "numpy": by_numpy,
+    "fastest": by_fastest,
+    "faiss": by_faiss,
+}
 
 
 @functools.lru_cache
 def _steady(dtype: torch.dtype) -> str:
-    """Name of the product for this processor: torch's own, but oneDNN's on AMD, where MKL gives half the speed."""
+    """Name of the product that this processor always takes."""
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
         amd = False
+    # torch's product is MKL's, which on AMD runs at half the speed of oneDNN's.
     return "onednn" if amd and dtype == torch.float32 and has_onednn() else "torch"
 
 
 def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
+    """Ways of computing x·c + bias on the processor, by name."""
     array = centroids.numpy()
 
     def shifted(scores: Tensor) -> Tensor:
@@ -143,12 +188,15 @@ def _gemms(centroids: Tensor, bias: Tensor | None) -> dict[str, Gemm]:
     return gemms
 
 
+# Cached per thread count too: which product is fastest depends on it.
 @functools.lru_cache(maxsize=256)
 def _trial(shape: tuple[int, int, int], biased: bool, num_threads: int) -> str:
-    """Name of the fastest product for (rows, D, K), by the best of a few interleaved runs on the given thread count."""
+    """Name of the fastest product for (rows, D, K): of each the best of a few interleaved runs."""
     num_rows, dim, num_clusters = shape
-    rows, scores = torch.ones(num_rows, dim), torch.empty(num_rows, num_clusters)
+    rows = torch.ones(num_rows, dim)
+    scores = torch.empty(num_rows, num_clusters)
     gemms = _gemms(torch.ones(num_clusters, dim), torch.ones(num_clusters) if biased else None)
+    # Products of ones are exact whatever the order of the sum: only a broken product differs.
     expected = torch.full_like(scores, dim + biased)
     best: dict[str, float] = {}
     for name, gemm in gemms.items():
@@ -157,8 +205,8 @@ def _trial(shape: tuple[int, int, int], biased: bool, num_threads: int) -> str:
                 best[name] = float("inf")
         except RuntimeError:
             continue
-    deadline = time.perf_counter() + 0.02
-    for turn in range(8):
+    deadline = time.perf_counter() + TRIAL_SECONDS
+    for turn in range(TRIAL_ROUNDS):
         for name in best:
             began = time.perf_counter()
             gemms[name](rows, scores)

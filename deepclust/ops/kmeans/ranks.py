@@ -14,14 +14,17 @@ from deepclust.ops.collectives import all_sum, broadcast
 class Ranks:
     """One process group, or this process alone (`group=None`).
 
-    Rank 0 of the group decides, the others follow: decisions made from equal numbers could still differ
-    between unlike processors, and a rank that stops alone leaves the others waiting.
+    Rank 0 of the group decides and the others follow: decisions made from equal numbers could still
+    differ between unlike processors, and a rank that stops alone leaves the others waiting.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.size = dist.get_world_size(group) if group is not None else 1
-        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = 1
+        self.rank = 0
+        if group is not None:
+            self.size = dist.get_world_size(group)
+            self.rank = dist.get_rank(group)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -44,14 +47,19 @@ class Ranks:
         return values
 
     def offset(self, num_rows: int) -> tuple[int, int]:
-        """(global index of this rank's first row, rows of all ranks)."""
+        """Global index of this rank's first row, and the number of rows of all ranks."""
         counts = self.gather(num_rows)
         return sum(counts[: self.rank]), sum(counts)
 
 
 def draw(total: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """`count` distinct indices below `total`, sorted, the same on every rank; the global generators stay untouched."""
+    """`count` distinct indices below `total`, ascending int64, the same on every rank.
+
+    The global random state is neither read nor changed.
+    """
     import numpy as np
 
+    # NumPy's generator: the same numbers on every device and for every version of torch.
     chosen = np.random.default_rng(seed).choice(total, size=count, replace=False, shuffle=False)
+    # Sorted, because rows are then taken in one pass over the blocks.
     return torch.from_numpy(np.sort(chosen)).to(device)
