@@ -188,7 +188,7 @@ def _stage(
     seconds = before if finished else before + time.perf_counter() - started
     with run.interruptible():
         _evaluate(run, stage, trainer, seconds)
-    return trainer.evaluated
+    return trainer.eval_network
 
 
 def _fit(run: Run, stage: Stage, trainer: Trainer, save: Any) -> None:
@@ -241,7 +241,7 @@ def _trainer(run: Run, number: int, stage: Stage, previous: Network | None) -> T
         settings=stage.trainer,
         optim=stage.optim,
         seed=config.seed,
-        stage=number,
+        stage_index=number,
         world=run.world,
         hooks=_hooks(run, stage, images),
     )
@@ -288,7 +288,7 @@ def _hooks(run: Run, stage: Stage, images: ImageSet) -> Hooks:
 def _evaluate(run: Run, stage: Stage, trainer: Trainer, seconds: float) -> None:
     """Clusters of all images by this stage; a pretext's are read by k-means from its features."""
     run.folder.status("evaluating", stage.name, step=trainer.step)
-    network, head_node, reads = trainer.evaluated, stage.head, None
+    network, head_node, reads = trainer.eval_network, stage.head, None
     features, rows = trainer.features(run.data.train)
     if not network.head.clusters:
         head_node, reads = KMEANS_NODE, "k-means"

@@ -42,7 +42,7 @@ class Stepper:
             self.teacher = copy.deepcopy(self.network).requires_grad_(False).eval()
 
     @property
-    def target_maker(self) -> Network | None:
+    def target_network(self) -> Network | None:
         """The network that makes targets, None where that is the student itself (as in SCAN's code)."""
         return None if self.settings.ema_mode == "reference" else self.teacher
 
@@ -89,7 +89,7 @@ class Stepper:
         else:
             self.teacher.follow(self.network, min(self.decay, (1 + progress.step) / (10 + progress.step)))
 
-    def redrawn(self, names: Iterable[str]) -> None:
+    def reset_parameters(self, names: Iterable[str]) -> None:
         """Parameters or buffers of the head drawn anew: their optimiser state goes, the teacher takes the values."""
         student = self.network.head.state_dict(keep_vars=True)
         for name in names:

@@ -63,7 +63,7 @@ def step_times(case: tuple[list[str], int, int, int, int], way: dict[str, Any], 
     whole, part = [], []
     for _ in range(steps + 1):
         head.spent, began = 0.0, time.process_time()
-        batch = next(trainer._open_pass())
+        batch = next(trainer.batches())
         trainer.train_step(batch, trainer.progress())
         trainer.step += 1
         whole.append(time.process_time() - began)

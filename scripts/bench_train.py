@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from deepclust.backbones import cifar_resnet, small_convnet
 from deepclust.data.datasets import digits, fashion_mnist, from_arrays
 from deepclust.data.image_set import ImageSet
-from deepclust.data.loader import Plan
+from deepclust.data.sampler import Plan
 from deepclust.data.views import ViewTransform, build_views
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores, knn_probe

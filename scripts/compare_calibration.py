@@ -123,7 +123,7 @@ def measure(
     seconds = time.process_time() - began
     features, rows = trainer.features()
     classes = None if start.images.classes is None else start.images.classes[rows.numpy()]
-    found = trust(trainer.evaluated, features.numpy(), classes, start.second, start.num_clusters)
+    found = trust(trainer.eval_network, features.numpy(), classes, start.second, start.num_clusters)
     figures = {name: {key: scores[key] for key in SCORES} for name, scores in found["scores"].items()}
     figures["predicted"] |= {f"estimated_{key}": found["estimate"][key] for key in ESTIMATES}
     figures["predicted"]["seconds"] = seconds

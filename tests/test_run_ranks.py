@@ -57,13 +57,13 @@ def one_step(world: World, name: str, micro: int) -> dict[str, torch.Tensor]:
     backbone: Backbone = toy_backbone()
     trainer = Trainer(backbone, make_head(name, 21), images, transforms, settings=settings, optim=optim, world=world)
     before = {key: value.clone() for key, value in trainer.network.named_parameters()}
-    trainer._prepare()
+    trainer.prepare()
     trainer._refresh(trainer.progress())
-    trainer.train_step(next(trainer._open_pass()), trainer.progress())
+    trainer.train_step(next(trainer.batches()), trainer.progress())
     moved = {key: before[key] - value.detach() for key, value in trainer.network.named_parameters()}
     features, rows = trainer.features()
     bank = trainer.bank(BankSpec())
-    partners = trainer.loader.partners
+    partners = trainer.sampler.partners
     return {
         **moved,
         "features": features,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepclust.checkpoint import digest_state
-from deepclust.data.loader import Plan
+from deepclust.data.sampler import Plan
 from deepclust.errors import UserError
 from deepclust.heads import BankSpec, Refresh, View
 from deepclust.settings import OptimSettings, TrainerSettings
@@ -69,7 +69,7 @@ def test_micro_batches_give_the_gradient_of_the_macro_batch():
         )
         start = copy.deepcopy(trainer.network.state_dict())
         trainer.network.train()
-        batch = next(trainer._open_pass())
+        batch = next(trainer.batches())
         trainer.train_step(batch, trainer.progress())
         grads.append({name: start[name] - value for name, value in trainer.network.named_parameters()})
     for other in grads[1:]:
@@ -108,8 +108,8 @@ def test_targets_come_from_the_teacher_and_see_no_gradient():
             return super().loss(outputs, targets, batch)
 
     trainer = make(Watching(), ema=0.5, epochs=1)
-    trainer._prepare()
-    batch = next(trainer._open_pass())
+    trainer.prepare()
+    batch = next(trainer.batches())
     trainer.train_step(batch, trainer.progress())
     trainer.stepper.teacher.backbone.body[4].bias.data.add_(100.0)
     trainer.train_step(batch, trainer.progress())
@@ -134,15 +134,15 @@ def test_sub_heads_of_a_teacher_are_scored_with_the_students_training_buffers():
 
     trainer = make(Mining(), ema=0.9, epochs=1)
     trainer.fit()
-    assert int(trainer.evaluated.head.best) == int(trainer.head.best) == 1
-    assert torch.equal(trainer.evaluated.head.table, torch.zeros(2)), "they are lent, not given"
+    assert int(trainer.eval_network.head.best) == int(trainer.head.best) == 1
+    assert torch.equal(trainer.eval_network.head.table, torch.zeros(2)), "they are lent, not given"
 
 
 def test_teacher_is_the_moving_average_of_the_student():
     trainer = make(Plain(), ema=0.9, epochs=1)
-    trainer._prepare()
+    trainer.prepare()
     expected = {name: value.clone() for name, value in trainer.network.named_parameters()}
-    passes = trainer._open_pass()
+    passes = trainer.batches()
     for step, batch in enumerate(passes):
         trainer.train_step(batch, trainer.progress())
         trainer.step += 1
@@ -164,8 +164,14 @@ def test_order_partners_and_reset_reach_the_right_places():
 
     trainer = make(Watching(), epochs=2)
     sources = []
-    original = trainer.loader._on_device
-    trainer.loader._on_device = lambda samples: (sources.append(samples.sources), original(samples))[1]
+    original = trainer.loader.batches
+
+    def watched(samples):
+        samples = list(samples)
+        sources.extend(each.sources for each in samples)
+        return original(samples)
+
+    trainer.loader.batches = watched
     trainer.fit()
     labels = trainer.head.labels
     last_pass = torch.cat(visits[4:])
@@ -270,7 +276,7 @@ def test_every_part_of_the_state_is_needed(part):
 def test_the_best_sub_head_is_chosen_by_its_score():
     trainer = make(CrossHeads(), ema=0.9)
     trainer.fit()
-    assert int(trainer.head.best) == int(trainer.evaluated.head.best) == 1
+    assert int(trainer.head.best) == int(trainer.eval_network.head.best) == 1
 
 
 def test_a_backbone_at_learning_rate_zero_keeps_weights_and_statistics():
@@ -345,7 +351,7 @@ def test_views_of_workers_do_not_depend_on_their_number():
     for workers in (0, 2):
         torch.manual_seed(0)
         trainer = make(Plain(), views="workers", num_workers=workers)
-        pixels.append([batch.views[0] for batch in trainer._open_pass()])
+        pixels.append([batch.views[0] for batch in trainer.batches()])
     for first, second in zip(*pixels, strict=True):
         assert torch.equal(first, second)
 
@@ -376,9 +382,9 @@ def test_the_references_moving_average_slows_the_student_and_pins_batch_statisti
         torch.manual_seed(1)
         optim = OptimSettings(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
         trainer = make(Pairwise(), norm=True, ema=ema, ema_mode=mode, optim=optim)
-        trainer._prepare()
+        trainer.prepare()
         start = copy.deepcopy(trainer.network.state_dict())
-        trainer.train_step(next(trainer._open_pass()), trainer.progress())
+        trainer.train_step(next(trainer.batches()), trainer.progress())
         moves.append({name: value - start[name] for name, value in trainer.network.state_dict().items()})
     for name, value in moves[0].items():
         if "running" in name:

@@ -1,13 +1,8 @@
-"""Batches of augmented views: the order of the samples in a pass, and two engines that make views.
-
-Nothing here holds random state. The order of a pass is a function of (seed, stage, pass), the views
-of a sample one of (seed, stage, pass, position in the pass, view slot). So every rank, every worker
-and a resumed run draw the same.
-"""
+"""Batches of augmented views, by one of two engines. Nothing here is random: samples bring their keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from deepclust.data.datasets import ImageSet
 from deepclust.data.images import UnreadableImage
-from deepclust.data.random import Stream, sample_keys, seed_for, uniforms
+from deepclust.data.random import sample_keys
+from deepclust.data.sampler import Samples
 from deepclust.data.views import ViewTransform
 
 if TYPE_CHECKING:
@@ -28,71 +24,6 @@ _READING_THREADS = 4
 
 Failure = tuple[int, str]
 """Index of a sample that could not be read, and the reason."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The order in which one pass visits the samples, cut into macro batches of nearly equal size.
-
-    Every sample comes exactly once and no batch is larger than `batch_size`: there is no small last
-    batch to drop or to pad.
-    """
-
-    order: Tensor
-    """(N,) int64: the sample index at each position."""
-    num_batches: int
-
-    @classmethod
-    def draw(
-        cls,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        stage: int,
-        pass_index: int,
-        order: Tensor | None,
-    ) -> Plan:
-        """The plan of a pass: a random permutation of the samples, or the given `order`.
-
-        num_samples: N, not used with an `order`.
-        batch_size: most samples of a macro batch over all ranks.
-        seed, stage, pass_index: what the permutation depends on.
-        order: (M,) int64 sample indices from a head that draws its own order, or None.
-        """
-        if order is None:
-            generator = torch.Generator()
-            generator.manual_seed(seed_for(seed, stage, pass_index, Stream.ORDER))
-            order = torch.randperm(num_samples, generator=generator)
-        num_batches = -(-len(order) // batch_size)
-        return cls(order, num_batches)
-
-    def positions(self, batch: int, rank: int = 0, size: int = 1) -> Tensor:
-        """(B,) int64 positions in the pass of one rank's part of a macro batch.
-
-        batch: number of the macro batch.
-        rank, size: the rank and the number of ranks.
-        """
-        # Cuts at i * total // count leave parts that differ by at most one, between batches and
-        # between ranks, and the parts of all ranks together are the batch in order.
-        total = len(self.order)
-        start = batch * total // self.num_batches
-        stop = (batch + 1) * total // self.num_batches
-        rows = stop - start
-        first = start + rank * rows // size
-        last = start + (rank + 1) * rows // size
-        return torch.arange(first, last)
-
-
-@dataclass
-class Samples:
-    """What the views of one rank's part of a macro batch are made from; V views of B samples."""
-
-    index: Tensor
-    """(B,) int64 sample indices."""
-    sources: Tensor
-    """(V, B) int64: the image that each view shows, the sample's own or a partner's."""
-    keys: Tensor
-    """(V, B) int64 random key of each view."""
 
 
 @dataclass
@@ -111,8 +42,6 @@ class Loader:
     images: the samples.
     views: the head's views; their positions in this sequence are the view numbers (slots).
     transforms: the views' transforms by the name of their augmentation.
-    seed, stage: what keys and orders depend on.
-    rank, size: the rank and the number of ranks.
     device: where batches end up.
     num_workers: processes of the engine `workers`; 0 makes views in this process.
     engine: `device` augments whole batches on the device from uint8 images in memory, `workers`
@@ -127,10 +56,6 @@ class Loader:
         views: Sequence[View],
         transforms: Mapping[str, ViewTransform],
         *,
-        seed: int,
-        stage: int,
-        rank: int = 0,
-        size: int = 1,
         device: torch.device | str = "cpu",
         num_workers: int = 0,
         engine: str = "device",
@@ -139,56 +64,21 @@ class Loader:
         self.images = images
         self.views = tuple(views)
         self.transforms = transforms
-        self.seed = seed
-        self.stage = stage
-        self.rank = rank
-        self.size = size
         self.device = torch.device(device)
         self.num_workers = num_workers
         self.engine = engine
         self.on_failure = on_failure
-        # (N, P) int64, set by the trainer: candidates for views of a partner, e.g. mined neighbours
-        self.partners: Tensor | None = None
         self.pixels: Tensor | None = None
         if engine == "device" and images.images is not None:
             self.pixels = images.images.to(self.device)
 
-    def samples(self, plan: Plan, pass_index: int, batch: int) -> Samples:
-        """Sample indices of this rank's part of a macro batch, their partners and random keys.
-
-        One key per sample and view. Without `partners` a view of a partner shows the sample itself.
-
-        plan: of the pass.
-        pass_index: number of the pass over the samples.
-        batch: number of the macro batch within the pass.
-        """
-        # keys belong to positions, not to ranks: any number of ranks draws the same views
-        positions = plan.positions(batch, self.rank, self.size)
-        index = plan.order[positions]
-        slots = range(len(self.views))
-        keys = torch.stack(
-            [sample_keys(self.seed, self.stage, pass_index, positions, slot) for slot in slots]
-        )
-        sources = index.repeat(len(self.views), 1)
-        for slot, view in enumerate(self.views):
-            if view.source == "partner" and self.partners is not None:
-                sources[slot] = _draw_partners(keys[slot], self.partners[index])
-        return Samples(index, sources, keys)
-
-    def batches(self, plan: Plan, pass_index: int, start: int = 0) -> Iterator[ViewBatch]:
-        """This rank's parts of the macro batches of a pass.
-
-        plan: of the pass.
-        pass_index: number of the pass over the samples.
-        start: number of the first batch, where a resumed run is in the middle of a pass.
-        """
-        numbers = range(start, plan.num_batches)
+    def batches(self, samples: Iterable[Samples]) -> Iterator[ViewBatch]:
+        """Views of the samples of macro batch after macro batch."""
         if self.pixels is not None:
-            for batch in numbers:
-                yield self._on_device(self.samples(plan, pass_index, batch))
+            for item in samples:
+                yield self._on_device(item)
             return
-        items = [self.samples(plan, pass_index, batch) for batch in numbers]
-        for index, views, failures in self._worker_batches(items):
+        for index, views, failures in self._worker_batches(list(samples)):
             if self.on_failure:
                 for sample, reason in failures:
                     self.on_failure(sample, reason)
@@ -232,15 +122,6 @@ class Loader:
                 pin_memory=self.device.type == "cuda",
             )
         )
-
-
-def _draw_partners(keys: Tensor, candidates: Tensor) -> Tensor:
-    """(B,) int64: one of the (B, P) candidates in each row, uniformly drawn by its key."""
-    count = candidates.shape[1]
-    # a stream of its own, so that the choice is independent of the view's parameters (stream 0)
-    column = (uniforms(keys, 1, Stream.PARTNER) * count).long()
-    # the product of a float32 just under 1 may round up to `count`
-    return candidates.gather(1, column.clamp_max(count - 1))[:, 0]
 
 
 class _WorkerViews(Dataset):

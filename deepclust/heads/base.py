@@ -165,7 +165,7 @@ class Head(nn.Module):
     """Names of buffers that only training needs: never copied to the teacher, never exported with the model."""
     num_heads: int = 1
     """H, the number of sub-heads between which `score` chooses."""
-    wants_prototypes: bool = False
+    needs_prototypes: bool = False
     """Whether `init_prototypes` is to be called."""
     teacher_decay: float | None = None
     """Decay of the EMA teacher that this head needs, where the stage sets none (`trainer.ema`)."""
@@ -221,7 +221,7 @@ class Head(nn.Module):
         return torch.zeros(1)
 
     def init_prototypes(self, bank: Bank) -> None:
-        """Called once at a stage's start with a clean bank of z, if `wants_prototypes`: clusters become weights."""
+        """Called once at a stage's start with a clean bank of z, if `needs_prototypes`: clusters become weights."""
 
     def init_from(self, previous: Head) -> None:
         """Takes over what it can from the previous stage's head (a projector, a kept sub-head)."""

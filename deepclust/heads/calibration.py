@@ -75,7 +75,7 @@ class Calibration(Wrapper):
     the initial weights; start_restarts, start_iterations: of their k-means (the reference: 2000; 10 and 300).
     """
 
-    wants_prototypes = True
+    needs_prototypes = True
     centroids: Tensor
     warm: Tensor
 
@@ -130,7 +130,7 @@ class Calibration(Wrapper):
     @torch.no_grad()
     def init_prototypes(self, bank: Bank) -> None:
         """Both heads begin as one clustering: that of `inner` if it has one, else k-means by way of a hidden layer."""
-        if self.inner.wants_prototypes:
+        if self.inner.needs_prototypes:
             self.inner.init_prototypes(bank)
         layer = getattr(self.inner, "layer", None)
         anew = self.fresh and isinstance(layer, ClusterMLP)

@@ -12,7 +12,7 @@ from deepclust.schema import Count, Positive
 class KMeansHead(Head):
     """Spherical k-means centroids; probabilities are a softmax over cosine / temperature."""
 
-    wants_prototypes = True
+    needs_prototypes = True
 
     def __init__(
         self, dim: Count, num_clusters: Count, *, temperature: Positive = 0.1, num_restarts: Count = 10

@@ -61,7 +61,7 @@ class NeighborPrototypes(Head):
         self.num_neighbors = min(num_neighbors, num_samples - 1)
         self.temperature, self.epsilon, self.num_iters, self.balance = temperature, epsilon, num_iters, balance
         self.init: list[Start] = [init] if isinstance(init, str) else list(init)
-        self.wants_prototypes = set(self.init) != {"random"}
+        self.needs_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
         self.start = drawn_seed()  # of the clusterings it may begin with; the same on all ranks
         self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors))

@@ -80,7 +80,7 @@ class P2OT(Head):
         self.mass_shape: Literal["sigmoid", "linear"] = mass_shape
         self.memory_epoch = memory_epoch
         self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
-        self.wants_prototypes = set(self.init) != {"random"}
+        self.needs_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
         self.start = drawn_seed()
         rows = min(memory_size, num_samples)

@@ -78,7 +78,7 @@ class SCAN(Head):
         self.entropy_weight = entropy_weight
         self.selection_entropy_weight = selection_entropy_weight
         self.init: list[Literal["random", "kmeans", "spectral"]] = [init] if isinstance(init, str) else list(init)
-        self.wants_prototypes = set(self.init) != {"random"}
+        self.needs_prototypes = set(self.init) != {"random"}
         self.layer = ClusterLayer(dim, num_clusters, num_heads, kind=kind, temperature=temperature)
         self.start = drawn_seed()
         self.embedder: list[nn.Module] = []

@@ -16,8 +16,9 @@ from deepclust.cli import main
 from deepclust.config import load
 from deepclust.data.datasets import digits
 from deepclust.data.features import features, from_features
-from deepclust.data.loader import Loader, Plan
+from deepclust.data.loader import Loader
 from deepclust.data.random import sample_keys
+from deepclust.data.sampler import Sampler
 from deepclust.data.views import build_views
 from deepclust.errors import UserError
 from deepclust.heads import View
@@ -98,8 +99,9 @@ def test_operations_on_images_and_on_features_are_not_mixed_up() -> None:
 def test_both_engines_hand_features_through(engine: str) -> None:
     data = from_features(ROWS).train
     views = build_views(load(["augment=features"]).stages["pretext"].augment, data, ["weak"])
-    loader = Loader(data, [View("weak"), View("weak")], views, seed=0, stage=0, engine=engine)
-    for batch in loader.batches(Plan.draw(40, 16, 0, 0, 0, None), 0):
+    weak = [View("weak"), View("weak")]
+    samples = Sampler(40, 16, weak, seed=0, stage_index=0).rest_of_pass(0)
+    for batch in Loader(data, weak, views, engine=engine).batches(samples):
         for view in batch.views.values():
             assert torch.equal(view[:, :, 0, 0], torch.from_numpy(ROWS)[batch.index])
 

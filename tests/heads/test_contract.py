@@ -123,7 +123,7 @@ def test_all_state_is_in_the_state_dict(name):
 def test_buffers_for_training_alone_do_not_reach_the_teacher(name):
     head = make(name)
     trainer = trainer_of(head, ema=0.9, epochs=1)
-    trainer._prepare()
+    trainer.prepare()
     assert trainer.stepper.teacher is not None
     before = {buffer: trainer.stepper.teacher.head.get_buffer(buffer).clone() for buffer in head.training_buffers}
     trainer.fit()

@@ -117,10 +117,10 @@ def _convnet():
 def test_prototypes_are_centroids_and_are_never_learnt():
     model = head()
     run = trainer(model, optim=OptimSettings(name="sgd", lr=0.1, weight_decay=0.1), ema=0.5)
-    run._prepare()
+    run.prepare()
     run._refresh(run.progress())
     before = [each.detach().clone() for each in model.prototypes.sets]
-    batches = run._open_pass()
+    batches = run.batches()
     for _ in range(3):
         run.train_step(next(batches), run.progress())
         run.step += 1

@@ -118,14 +118,14 @@ def make_head(**more) -> MoCo:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_keys_come_from_the_teacher_which_follows_without_being_asked_for(symmetric):
     trainer = make(make_head(symmetric=symmetric))
-    trainer._prepare()
+    trainer.prepare()
     stepper = trainer.stepper
     assert trainer.settings.ema is None and stepper.decay == 0.99 and stepper.teacher is not None
     with torch.no_grad():
         for parameter in stepper.teacher.parameters():
             parameter.mul_(-1.5)
     teacher = copy.deepcopy(stepper.teacher)
-    batch = next(trainer._open_pass())
+    batch = next(trainer.batches())
     trainer.train_step(batch, trainer.progress())
     with torch.no_grad():
         wanted = [F.normalize(teacher.outputs({1: view})[1].embedding, dim=1) for view in batch.views.values()]

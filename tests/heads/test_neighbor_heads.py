@@ -151,7 +151,7 @@ def test_neighbours_and_moments_of_features() -> None:
     trained = trainer("temi")
     trained.fit()
     assert trained.stepper.decay == 0.996 and trained.stepper.teacher is not None
-    assert torch.equal(trained.evaluated.head.get_buffer("scale"), trained.head.get_buffer("scale"))
+    assert torch.equal(trained.eval_network.head.get_buffer("scale"), trained.head.get_buffer("scale"))
 
 
 # --- prototypes
@@ -166,7 +166,7 @@ def see(head: Head, index: Tensor) -> tuple[dict[int, Output], Any]:
 @pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
 def test_codes_have_the_shares_of_the_start(balance: float) -> None:
     head = make("prototypes", balance=balance, num_iters=200, init="kmeans", num_heads=1)
-    assert isinstance(head, NeighborPrototypes) and head.wants_prototypes
+    assert isinstance(head, NeighborPrototypes) and head.needs_prototypes
     head.init_prototypes(Bank(rows(), torch.arange(N), N))
     start = head.layer(rows())[0].argmax(1)
     assert clustering_scores(start, GROUP)["acc"] == 1
@@ -184,7 +184,7 @@ def test_codes_have_the_shares_of_the_start(balance: float) -> None:
 
 def test_the_sub_head_whose_clusters_neighbours_share_is_chosen() -> None:
     head = make("prototypes", num_heads=2, init="random")
-    assert isinstance(head, NeighborPrototypes) and not head.wants_prototypes
+    assert isinstance(head, NeighborPrototypes) and not head.needs_prototypes
     head.refresh(Bank(rows(), torch.arange(N), N))
     with torch.no_grad():
         head.layer.set_prototypes(1, torch.eye(DIM)[:K])
@@ -198,7 +198,7 @@ def test_they_find_plain_clusters(name: str, group: Tensor) -> None:
     optim = OptimSettings(name="adamw", lr=5e-3, weight_decay=0.0)
     made = trainer(name, frozen=True, features=rows(group), optim=optim, epochs=20)
     made.fit()
-    found = made.evaluated.head.predict(rows(group)).argmax(1)
+    found = made.eval_network.head.predict(rows(group)).argmax(1)
     assert clustering_scores(found, group)["acc"] > 0.95
 
 
@@ -214,7 +214,7 @@ def train_some(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
         made = trainer(name, world)
         made.fit()
         state = {key: value.detach() for key, value in made.network.state_dict().items()}
-        found[name] = {**state, **{f"teacher.{key}": value for key, value in made.evaluated.state_dict().items()}}
+        found[name] = {**state, **{f"teacher.{key}": value for key, value in made.eval_network.state_dict().items()}}
     return found
 
 

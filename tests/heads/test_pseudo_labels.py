@@ -101,17 +101,17 @@ def test_a_new_clustering_brings_a_new_classifier_without_memory():
     seen, labels, held = [], [], []
     head = make_head("deepcluster")
     trainer = make(head, hooks=Hooks(log=lambda figures, progress: seen.append(figures)))
-    redrawn = trainer.stepper.redrawn
+    reset_parameters = trainer.stepper.reset_parameters
 
     def watching(names):
-        redrawn(names)
+        reset_parameters(names)
         if "layer.weight" not in names:
             return
         labels.append(head.labels.clone())
         held.append(head.layer.weight in trainer.stepper.optimizer.state)
         assert float(head.layer.weight.detach().std()) == pytest.approx(0.01, rel=0.3) and not head.layer.bias.any()
 
-    trainer.stepper.redrawn = watching  # type: ignore[method-assign]
+    trainer.stepper.reset_parameters = watching  # type: ignore[method-assign]
     trainer.fit()
     assert len(labels) == 3 and not any(held)
     groups = [group for group in trainer.stepper.optimizer.param_groups if head.layer.weight in set(group["params"])]
@@ -300,7 +300,7 @@ def test_a_run_cut_short_can_be_read(kind):
     trainer = make(make_head(kind, num_prototypes=6), max_steps=2)
     trainer.fit()
     features, _ = trainer.features()
-    assert len(trainer.evaluated.head.predict(features).argmax(1).unique()) == 4
+    assert len(trainer.eval_network.head.predict(features).argmax(1).unique()) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -163,7 +163,7 @@ def test_prototypes_are_frozen_for_the_first_steps_decay_included():
     model = head(freeze_steps=2)
     run = trainer(model, optim=OptimSettings(name="sgd", lr=0.1, weight_decay=0.1))
     seen = [model.prototypes.sets[0].detach().clone()]
-    batches = run._open_pass()
+    batches = run.batches()
     for _ in range(3):
         run.train_step(next(batches), run.progress())
         run.step += 1
@@ -198,7 +198,7 @@ def test_eight_micro_batches_of_32_give_the_codes_and_the_gradient_of_one_batch_
         codes, original = [], model.targets
         model.targets = lambda *given, made=codes, first=original: made.append(first(*given)) or made[-1]
         before = {name: value.detach().clone() for name, value in run.network.named_parameters()}
-        run.train_step(next(run._open_pass()), run.progress())
+        run.train_step(next(run.batches()), run.progress())
         moved = {name: before[name] - value.detach() for name, value in run.network.named_parameters()}
         found.append((codes[0], moved, model.queue.rows.clone()))
     (codes, moved, queue), (micro_codes, micro_moved, micro_queue) = found
@@ -224,7 +224,7 @@ def test_crops_of_one_size_go_through_the_backbone_together(engine):
     for name, transform in run.transforms.items():
         first = transform.batch
         transform.batch = lambda *given, name=name, first=first: calls.append(name) or first(*given)
-    run.train_step(next(run._open_pass()), run.progress())
+    run.train_step(next(run.batches()), run.progress())
     assert shapes == [(40, 1, 8, 8), (60, 1, 6, 6)]
     assert calls == (["global", "local"] if engine == "device" else [])
 
@@ -240,7 +240,7 @@ def test_a_worker_reads_an_image_once_for_all_its_crops():
     images = toy_images(20)
     images.__class__ = Counting
     run = trainer(head(num_local=2), images=images, views="workers", num_workers=0)
-    next(run._open_pass())
+    next(run.batches())
     assert sorted(reads) == list(range(20))
 
 
@@ -361,7 +361,7 @@ def test_a_run_that_goes_on_ends_the_same(stop):
     second = trainer(head(queue_length=30, num_local=1), backbone=_convnet(), **settings)
     second.load_state_dict(state)
     second.fit()
-    for mine, theirs in ((second.network, whole.network), (second.evaluated, whole.evaluated)):
+    for mine, theirs in ((second.network, whole.network), (second.eval_network, whole.eval_network)):
         for name, value in theirs.state_dict().items():
             assert torch.equal(value, mine.state_dict()[name]), name
 
