@@ -11,9 +11,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepclust.cli.parser import FAILED, OK, Parser
+from deepclust.cli.parser import FAILED, OK, Parser, did_you_mean
 from deepclust.errors import UserError
-from deepclust.signatures import near
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Command:
         return getattr(importlib.import_module(module), name)(words)
 
 
+# In the order in which a newcomer needs them, which is that of the help.
 COMMANDS = {
     "cluster": Command(
         "cluster IMAGES [-k N]",
@@ -82,10 +82,10 @@ def find(name: str) -> Command:
         return COMMANDS[name]
     if "=" in name:
         raise UserError(f"{name}: a command comes first; did you mean deepclust train {name}?")
-    meant = near(name, COMMANDS)
+    advice = did_you_mean(name, COMMANDS, f"commands are {', '.join(COMMANDS)}")
+    # Whoever gives a folder alone has photos there.
     if os.path.isdir(name):
-        meant = f"deepclust cluster {shlex.quote(name)}"
-    advice = f"did you mean {meant}?" if meant else f"commands are {', '.join(COMMANDS)}"
+        advice = f"did you mean deepclust cluster {shlex.quote(name)}?"
     raise UserError(f"{name}: there is no such command; {advice}")
 
 
@@ -105,8 +105,7 @@ def list_options(words: list[str]) -> int:
         return OK
     names = groups(options.config_dir)
     if options.group not in names:
-        meant = near(options.group, names)
-        advice = f"did you mean {meant}?" if meant else f"groups are {', '.join(names)}"
+        advice = did_you_mean(options.group, names, f"groups are {', '.join(names)}")
         raise UserError(f"{options.group}: there is no such group; {advice}")
     print(options_text(options.group, options.config_dir))
     return OK
@@ -127,17 +126,22 @@ def checkpoint(words: list[str]) -> int:
     # Only here: this import brings torch.
     from deepclust import checkpoint as checkpoints
 
+    # A run folder, or its folder of checkpoints, is an easy slip for one of them.
     inside = checkpoints.listing(options.path / "checkpoints") or checkpoints.listing(options.path)
-    if inside or not options.path.is_dir():
-        advice = f"its newest one is {inside[-1]}" if inside else "that is a folder"
-        raise UserError(f"{options.path} is not a checkpoint; {advice}")
+    if inside:
+        raise UserError(f"{options.path} is not a checkpoint; its newest one is {inside[-1]}")
+    if not options.path.is_dir():
+        raise UserError(f"{options.path} is not a checkpoint; that is a folder")
     if options.verb == "digest":
         for part, digest in checkpoints.digest(options.path).items():
             print(f"{digest}  {part}")
         return OK
     problems = checkpoints.verify(options.path)
-    print("\n".join(problems) if problems else f"{options.path}: whole")
-    return FAILED if problems else OK
+    if problems:
+        print("\n".join(problems))
+        return FAILED
+    print(f"{options.path}: whole")
+    return OK
 
 
 def predict(words: list[str]) -> int:
@@ -189,6 +193,7 @@ def cluster(words: list[str]) -> int:
     )
     add_cluster_options(parser)
     options = cluster_options(parser.parse_args(words))
+    # After the options, so that a slip in them does not wait for torch.
     from deepclust.folder.cluster import cluster as cluster_folder
 
     return cluster_folder(options)
@@ -228,6 +233,7 @@ def doctor(words: list[str]) -> int:
     from deepclust.cli.doctor import findings
 
     faults = 0
+    # Each finding is printed as it comes: checks on a GPU take minutes.
     for subject, text, good in findings(gpu=options.gpu):
         print(f"{'ok  ' if good else 'BAD '} {subject:<14} {text}")
         faults += not good

@@ -90,15 +90,26 @@ def _cores() -> int | None:
 
 def _disk() -> Finding:
     """Whether a run could write where its folder would be."""
-    folder = os.path.abspath("outputs" if os.path.isdir("outputs") else ".")
+    folder = os.path.abspath("outputs")
+    # Before the first run there is no outputs/ yet, and doctor leaves nothing behind.
+    if not os.path.isdir(folder):
+        folder = os.path.abspath(".")
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             # A full disk takes a name and refuses bytes, some file systems not before fsync.
             file.write(b"0" * 2**20)
             file.flush()
             os.fsync(file.fileno())
-        free = os.statvfs(folder) if hasattr(os, "statvfs") else None
-        room = f", {free.f_bavail * free.f_frsize / 2**30:.1f} GiB free" if free else ""
-        return "disk", f"{folder} can be written{room}", True
+        return "disk", f"{folder} can be written{_room(folder)}", True
     except OSError as error:
         return "disk", f"{folder} cannot be written ({error.strerror}); use run.dir=PATH", False
+
+
+def _room(folder: str) -> str:
+    """The free space of a folder's disk in words, where the system tells it."""
+    # Not on Windows.
+    if not hasattr(os, "statvfs"):
+        return ""
+    disk = os.statvfs(folder)
+    # f_bavail and not f_bfree: without the blocks that are kept for root.
+    return f", {disk.f_bavail * disk.f_frsize / 2**30:.1f} GiB free"

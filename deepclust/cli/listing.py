@@ -17,6 +17,8 @@ WIDTH = 100
 UNLISTED = "others"
 """The heading of options that name none where others of their group do."""
 
+# Composing fifty presets with Hydra takes far longer than anybody waits for a list, so the few lines
+# that matter are read as text.
 _HEADING = re.compile(r"^# listed under: (.+)$", re.MULTILINE)
 _DATA = re.compile(r"^ *- override /data: *(\w+)", re.MULTILINE)
 _BASE = re.compile(r"^ *- /?([\w/]+) *$", re.MULTILINE)
@@ -42,18 +44,20 @@ def options_text(group: str, config_dirs: Sequence[Path] = ()) -> str:
     blocks = []
     for heading, names in sections.items():
         lines = [_line(name, described[name], width) for name in names]
-        blocks.append("\n".join([f"{heading}:", *lines] if len(sections) > 1 else lines))
+        # A single heading would divide nothing.
+        if len(sections) > 1:
+            lines.insert(0, f"{heading}:")
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def _line(name: str, description: str, width: int) -> str:
-    first = f"  {name:<{width}}  "
-    return (
-        textwrap.fill(
-            description, WIDTH, initial_indent=first, subsequent_indent=" " * len(first)
-        ).rstrip()
-        or first.rstrip()
-    )
+    indent = f"  {name:<{width}}  "
+    # An option without a description is its name alone, which `fill` would leave out.
+    if not description:
+        return indent.rstrip()
+    following = " " * len(indent)
+    return textwrap.fill(description, WIDTH, initial_indent=indent, subsequent_indent=following)
 
 
 def headings(
@@ -73,9 +77,12 @@ def headings(
 
 def _heading(group: str, name: str, folders: Sequence[Path]) -> str | None:
     text = _text(group, name, folders)
-    if own := _HEADING.search(text):
-        return own[1].strip()
-    return _data_set(text, group, folders) if group == "experiment" else None
+    named = _HEADING.search(text)
+    if named:
+        return named[1].strip()
+    if group == "experiment":
+        return _data_set(text, group, folders)
+    return None
 
 
 def _data_set(text: str, group: str, folders: Sequence[Path]) -> str | None:
@@ -84,8 +91,9 @@ def _data_set(text: str, group: str, folders: Sequence[Path]) -> str | None:
     seen = set()
     while texts:
         text = texts.pop(0)
-        if own := _DATA.search(text):
-            return own[1]
+        choice = _DATA.search(text)
+        if choice:
+            return choice[1]
         bases = _BASE.findall(text.partition("\ndefaults:")[2])
         new = [base for base in bases if base not in seen]
         # A file that stands on itself is refused when it is composed; a list must still end.
@@ -96,6 +104,7 @@ def _data_set(text: str, group: str, folders: Sequence[Path]) -> str | None:
 
 def _text(group: str, name: str, folders: Sequence[Path]) -> str:
     """An option's YAML, or nothing where there is no such option."""
+    # The first folder wins, as it does where options are composed.
     files = [Path(folder) / group / f"{name}.yaml" for folder in folders]
     for file in files:
         if file.is_file():

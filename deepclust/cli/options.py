@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepclust.cli.parser import did_you_mean
 from deepclust.errors import UserError
-from deepclust.signatures import near
 
 if TYPE_CHECKING:
     from deepclust.extract import Asked
@@ -223,8 +223,7 @@ def _check_clusterers(names: Iterable[str]) -> None:
 
     for name in names:
         if name not in METHODS:
-            meant = near(name, METHODS)
-            advice = f"did you mean {meant}?" if meant else f"choose among {', '.join(METHODS)}"
+            advice = did_you_mean(name, METHODS, f"choose among {', '.join(METHODS)}")
             raise UserError(f"--clusterers {name}: there is no such clusterer; {advice}")
 
 
@@ -232,6 +231,7 @@ def _number(text: str) -> int | None:
     """A number of clusters; None for auto."""
     if text == "auto":
         return None
+    # int() alone would take "1_0" and " 3" too.
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number from 2 on")
     return int(text)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +38,9 @@ class Parser(argparse.ArgumentParser):
     def _advice(self, message: str) -> str:
         """The nearest valid word to the one that `message` complains about, or where to read on."""
         meant = _nearest_choice(message) or self._nearest_option(message)
-        return f"did you mean {meant}?" if meant else f"see {self.prog} --help"
+        if meant is None:
+            return f"see {self.prog} --help"
+        return f"did you mean {meant}?"
 
     def _nearest_option(self, message: str) -> str | None:
         words = [word for word in message.split() if word.startswith("-")]
@@ -46,18 +49,31 @@ class Parser(argparse.ArgumentParser):
         option = words[0].partition("=")[0].rstrip(":")
         known = [name for action in self._actions for name in action.option_strings]
         # argparse also names options that are right, where their value is not.
-        return None if option in known else near(option, known)
+        if option in known:
+            return None
+        return near(option, known)
 
 
 def _nearest_choice(message: str) -> str | None:
     """The choice that was meant, where argparse complains about a choice."""
     match = INVALID_CHOICE.search(message)
+    if match is None:
+        return None
     # Python 3.12 stopped quoting the choices, so quotes, commas and spaces all divide them.
-    return near(match[1], re.split(r"[', ]+", match[2])) if match else None
+    return near(match[1], re.split(r"[', ]+", match[2]))
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean X?` with the known word nearest to `word`; `otherwise` where none is near."""
+    meant = near(word, known)
+    if meant is None:
+        return otherwise
+    return f"did you mean {meant}?"
 
 
 def say(text: str, code: int) -> int:
-    """Prints to stderr and returns `code`. Under torchrun rank 0 alone prints: once is enough."""
+    """Prints to stderr and returns `code`."""
+    # torchrun starts every rank with the same words, so all would say the same.
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
     return code
@@ -65,6 +81,7 @@ def say(text: str, code: int) -> int:
 
 def in_short(error: Exception) -> str:
     """An exception in one line: its type, its message, and the line of code that raised it."""
+    # The last frame is the line that raised; those before it say how the program got there.
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {message} ({Path(last.filename).name}, line {last.lineno})"

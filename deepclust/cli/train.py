@@ -55,6 +55,7 @@ def _train_many(runs: list[list[str]], config_dirs: Sequence[Path]) -> int:
     for number, config in enumerate(configs, 1):
         print(f"run {number} of {len(configs)}: {config.folder()}")
         code = _train_one(config)
+        # A run that was stopped ends the sweep as well: Ctrl-C is meant for all of it.
         if code != OK:
             return code
     return OK
@@ -69,6 +70,7 @@ def _load_all(runs: list[list[str]], config_dirs: Sequence[Path]) -> list[Any]:
 
     configs = []
     problems = []
+    # The faults of all runs at once: whoever mends one by one starts the sweep again each time.
     for words in runs:
         try:
             configs.append(load(words, config_dirs))
@@ -89,6 +91,7 @@ def _names(configs: Sequence[Any], runs: Sequence[Sequence[str]]) -> list[str]:
     """
     if any(config.run.dir is not None or config.run.name is not None for config in configs):
         raise UserError("these runs would share one folder; with -m leave run.name and run.dir out")
+    # What all runs share, their names need not say.
     swept = [position for position, words in enumerate(zip(*runs)) if len(set(words)) > 1]
     names = []
     for config, words in zip(configs, runs):
@@ -120,8 +123,10 @@ def _failed(config: Any, error: Exception) -> int:
     kept = _kept(config.folder() / "log.txt", text)
     if config.run.traceback:
         return say(text, FAILED)
-    where = f"{config.folder() / 'log.txt'} has the traceback; " if kept else ""
-    return say(f"failed: {in_short(error)}\n{where}run.traceback=true shows it", FAILED)
+    advice = "run.traceback=true shows it"
+    if kept:
+        advice = f"{config.folder() / 'log.txt'} has the traceback; {advice}"
+    return say(f"failed: {in_short(error)}\n{advice}", FAILED)
 
 
 def _kept(log: Path, text: str) -> bool:
