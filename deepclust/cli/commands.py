@@ -100,6 +100,9 @@ def list_options(words: list[str]) -> int:
         "--config-dir", type=Path, action="append", default=[], help="a folder with more groups"
     )
     options = parser.parse_args(words)
+    for folder in options.config_dir:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir {folder}: there is no such folder")
     if options.group is None:
         print(groups_text(options.config_dir))
         return OK

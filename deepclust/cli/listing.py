@@ -17,7 +17,7 @@ WIDTH = 100
 UNLISTED = "others"
 """The heading of options that name none where others of their group do."""
 
-# Composing fifty presets with Hydra takes far longer than anybody waits for a list, so the few lines
+# Composing fifty presets with Hydra takes longer than anybody waits for a list, so the few lines
 # that matter are read as text.
 _HEADING = re.compile(r"^# listed under: (.+)$", re.MULTILINE)
 _DATA = re.compile(r"^ *- override /data: *(\w+)", re.MULTILINE)
