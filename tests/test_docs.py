@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.stats import entropy
 
 from deepclust.cli.commands import COMMANDS
@@ -74,11 +75,11 @@ def workplace(tmp_path, monkeypatch) -> Path:
     (tmp_path / "my_package").mkdir()
     for group in ("head", "recipe"):
         (tmp_path / "my_conf" / group).mkdir(parents=True)
-    for target, (code, yaml) in own_heads().items():
+    for target, (code, choice) in own_heads().items():
         package, module, _ = target.split(".")
         assert package == "my_package"
         (tmp_path / f"my_package/{module}.py").write_text(code)
-        (tmp_path / f"my_conf/head/{module}.yaml").write_text(yaml)
+        (tmp_path / f"my_conf/head/{module}.yaml").write_text(choice)
     np.save(tmp_path / "images.npy", pixels())
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
         monkeypatch.delitem(sys.modules, name)
@@ -88,10 +89,10 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_head_of_the_readme_is_complete_and_short(workplace):
-    code, yaml = own_heads()["my_package.iic.IIC"]
-    assert code in README.read_text() and yaml in README.read_text()
+    code, choice = own_heads()["my_package.iic.IIC"]
+    assert code in README.read_text() and choice in README.read_text()
     statements = [line for line in code.splitlines() if line.strip()]
-    assert len(statements) <= 27 and len(yaml.splitlines()) == 2
+    assert len(statements) <= 27 and len(choice.splitlines()) == 2
 
 
 @pytest.mark.parametrize("target", own_heads())
@@ -139,6 +140,17 @@ def test_the_head_with_a_refresh_predicts_the_clusters_that_it_found(workplace):
         head.refresh(Bank(features, torch.arange(60), 60))
         assert torch.equal(head.predict(features).argmax(dim=1), head.labels)
     assert len(head.labels.unique()) == 4
+
+
+def test_a_head_brings_the_recipe_of_the_page(workplace):
+    page = (ROOT / "docs/own_method.md").read_text()
+    (recipe,) = [block.text for block in BLOCKS if "@package _global_" in block.text]
+    (name,) = re.findall(r"`my_conf/(recipe/\w+\.yaml)`", page)
+    (workplace / "my_conf" / name).write_text(recipe)
+    config = load(["head=iic", "trust=[my_package]"], [Path("my_conf")])
+    assert (
+        config.stages["main"].trainer.num_images == yaml.safe_load(recipe)["trainer"]["num_images"]
+    )
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -203,11 +215,6 @@ def check_script(words: list[str]) -> None:
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_commands_are_valid(block, workplace, capsys):
-    recipes = [
-        each for each in BLOCKS if each.language == "yaml" and "@package _global_" in each.text
-    ]
-    for number, recipe in enumerate(recipes):
-        (workplace / f"my_conf/recipe/recipe_{number}.yaml").write_text(recipe.text)
     if "it is refused" in block.reason:
         pytest.skip("a refusal, which has a test of its own")
     for command in commands(block.text):
