@@ -77,7 +77,7 @@ def first(*arguments):
     import os
     os._exit(0)
 trainer.Trainer.train_step = first
-from deepclust.cli import main
+from deepclust.cli.main import main
 sys.exit(main(["train", *sys.argv[2:]]))
 """
 

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--statistic", choices=("median", "mean"), default="median")
     parser.add_argument("--out", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--write-readme", action="store_true", help=f"replaces what stands between {BEGIN} and {END}")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "docs/results.md")
     parser.add_argument("words", nargs="*", help="key=value for every run")
     return parser
 

@@ -114,3 +114,9 @@ def test_a_real_run(tmp_path):
     done = subprocess.run([*command, *small], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2].startswith("| moco | – | – | – |")
+
+
+def test_the_page_of_the_table_has_its_markers(script):
+    page = script._parser().get_default("readme")
+    text = page.read_text(encoding="utf-8")
+    assert page.name == "results.md" and text.index(script.BEGIN) < text.index(script.END)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust.cli import main
+from deepclust.cli.main import main
 from deepclust.data.features import features
 from deepclust.data.store import FeatureStore
 from deepclust.encoders import saw_labels

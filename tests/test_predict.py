@@ -21,7 +21,7 @@ from PIL import Image
 
 from deepclust import Clusterer
 from deepclust import predict as module
-from deepclust.cli import main
+from deepclust.cli.main import main
 from deepclust.data.folders import printable
 from deepclust.data.store import FeatureStore
 from deepclust.folder.derived import Derived
@@ -132,7 +132,7 @@ def test_parquet_comes_in_row_groups(run: Path, digits: Path, tmp_path: Path, mo
 KILLED = """
 import os, random, signal, sys, time
 from deepclust import predict
-from deepclust.cli import main
+from deepclust.cli.main import main
 
 predict.PART_IMAGES = 8
 random.seed(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepclust import checkpoint
-from deepclust.cli import main
+from deepclust.cli.main import main
 from deepclust.config import load
 from deepclust.data.datasets import digits, from_arrays
 from deepclust.errors import UserError

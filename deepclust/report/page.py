@@ -48,6 +48,7 @@ def write_report(
     summary: Mapping[str, Any],
     galleries: Sequence[tuple[Any, ...]] = (),
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    notes: Sequence[str] = (),
     skipped: Sequence[str] = (),
     commands: Sequence[tuple[str, str]] = (),
     lead: Sequence[str] = (),
@@ -69,6 +70,7 @@ def write_report(
         was fitted.
     galleries: `Gallery`, or tuples of its first fields.
     curves: name to (steps, values).
+    notes: what a reader has to know, such as an estimate that is missing and why.
     skipped: one line for each image left out.
     commands: (what it does, the command); by default how to load the model.
     lead: texts below the headline.
@@ -91,6 +93,7 @@ def write_report(
     # the answer first, then how sure it is, then the images; what was done to get there comes last
     sections = [
         Section("Results", results_html(summary)),
+        Section("Notes", _list(notes)),
         Section("Confidences", reliability_section(_kept(summary).get("calibration"))),
         *above,
         Section("Cluster sizes", size_bars(bars) if bars else ""),
@@ -164,11 +167,18 @@ def _skipped(lines: Sequence[str]) -> str:
     if not lines:
         return ""
     verb = "image was" if len(lines) == 1 else "images were"
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines[:SKIPPED_SHOWN])
     more = ""
     if len(lines) > SKIPPED_SHOWN:
         more = f"<p>… and {len(lines) - SKIPPED_SHOWN:,} more.</p>"
-    return f"<p>{len(lines):,} {verb} left out.</p><ul>{items}</ul>{more}"
+    return f"<p>{len(lines):,} {verb} left out.</p>{_list(lines[:SKIPPED_SHOWN])}{more}"
+
+
+def _list(lines: Sequence[str]) -> str:
+    """An item for each line; empty without any."""
+    if not lines:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>"
 
 
 def _default_commands(folder: Path) -> list[tuple[str, str]]:

@@ -199,7 +199,7 @@ def test_a_sigkill_of_the_command_and_the_same_command_again(tmp_path: Path, fol
     code = (
         "import sys, deepclust.data.store, deepclust.data.store_writer, deepclust.extract as e\n"
         "for m in (deepclust.data.store, deepclust.data.store_writer, e): m.BLOCK = 16\n"
-        "from deepclust.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from deepclust.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["features", str(folder.photos), "--store", str(tmp_path / "store"), "--batch-size", "6"]
     words += ["--backbone", folder.backbone("killed"), "--dtype", "float32"]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust.cli import main
+from deepclust.cli.main import main
 from deepclust.data.store import FeatureStore
 from deepclust.folder.derived import Derived
 from deepclust.folder.grow import inherit

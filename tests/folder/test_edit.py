@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust.cli import main
+from deepclust.cli.main import main
 from deepclust.folder import edit as edits
 from deepclust.folder import outputs
 from deepclust.folder.outputs import up_to_date, write_all, write_tables

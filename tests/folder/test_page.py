@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust.folder.options import add_cluster_options
+from deepclust.cli.options import add_cluster_options
 from deepclust.folder.page import write_page
 from deepclust.folder.run import FolderRun
 from deepclust.folder.shown import choose, closeness, duplicate_groups

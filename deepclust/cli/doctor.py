@@ -12,18 +12,32 @@ from collections.abc import Iterator
 from deepclust.compose import conf_folder
 from deepclust.errors import UserError
 
-PACKAGES = ("deepclust", "torch", "torchvision", "timm", "hydra-core", "numpy", "scipy", "scikit-learn", "pot", "wandb")
+PACKAGES = (
+    "deepclust",
+    "torch",
+    "torchvision",
+    "timm",
+    "hydra-core",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pot",
+    "wandb",
+)
 Finding = tuple[str, str, bool]
+"""(subject, what is there, whether that is good enough for a run)."""
 
 
 def findings(gpu: bool = False) -> Iterator[Finding]:
-    """(what, in words, whether it is good enough for a run), one after another. Imports torch.
+    """What this machine has, a finding at a time, so that a slow one does not hold back the others.
 
-    gpu: k-means on the GPU as well.
+    Imports torch.
+
+    gpu: also checks and times k-means on the GPU.
     """
     yield "python", f"{platform.python_version()} on {platform.platform()}", True
-    versions = {name: _version(name) for name in PACKAGES}
-    yield "packages", ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()), True
+    versions = [f"{name} {_version(name) or 'missing'}" for name in PACKAGES]
+    yield "packages", ", ".join(versions), True
     try:
         yield "conf", str(conf_folder()), True
     except UserError as error:
@@ -34,7 +48,7 @@ def findings(gpu: bool = False) -> Iterator[Finding]:
         yield "torch", f"cannot be imported ({error}); install deepclust again", False
     yield _disk()
     if gpu:
-        from deepclust.doctor_gpu import gpu_findings
+        from deepclust.cli.doctor_gpu import gpu_findings
 
         yield from gpu_findings()
 
@@ -46,18 +60,18 @@ def _version(package: str) -> str | None:
 
 
 def _torch() -> Iterator[Finding]:
+    """Devices, precision and threads as torch sees them."""
     import torch
 
     from deepclust.ops.precision import has_fast_bfloat16
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if torch.cuda.is_available():
-        devices = [torch.device("cuda", place) for place in range(torch.cuda.device_count())]
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         names = [torch.cuda.get_device_name(device) for device in devices]
         emulated = [name for name, device in zip(names, devices) if not has_fast_bfloat16(device)]
         precision = f"not native on {', '.join(emulated)}: float16 with scaled losses is used there"
     else:
-        names = [f"CPU, {cores} cores"]
+        names = [f"CPU, {_cores()} cores"]
         if torch.backends.mps.is_available():
             names.append("Apple's GPU is not used, for it has no float64")
         emulated = [] if has_fast_bfloat16(torch.device("cpu")) else names
@@ -70,15 +84,36 @@ def _torch() -> Iterator[Finding]:
     yield "torchrun", "gloo is there" if gloo else "no gloo: single process on a CPU", True
 
 
+def _cores() -> int | None:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    # Not on macOS and Windows.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def _disk() -> Finding:
-    folder = os.path.abspath("outputs" if os.path.isdir("outputs") else ".")
+    """Whether a run could write where its folder would be."""
+    folder = os.path.abspath("outputs")
+    # Before the first run there is no outputs/ yet, and doctor leaves nothing behind.
+    if not os.path.isdir(folder):
+        folder = os.path.abspath(".")
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
+            # A full disk takes a name and refuses bytes, some file systems not before fsync.
             file.write(b"0" * 2**20)
             file.flush()
             os.fsync(file.fileno())
-        free = os.statvfs(folder) if hasattr(os, "statvfs") else None
-        room = f", {free.f_bavail * free.f_frsize / 2**30:.1f} GiB free" if free else ""
-        return "disk", f"{folder} can be written{room}", True
+        return "disk", f"{folder} can be written{_room(folder)}", True
     except OSError as error:
         return "disk", f"{folder} cannot be written ({error.strerror}); use run.dir=PATH", False
+
+
+def _room(folder: str) -> str:
+    """The free space of a folder's disk in words, where the system tells it."""
+    # Not on Windows.
+    if not hasattr(os, "statvfs"):
+        return ""
+    disk = os.statvfs(folder)
+    # f_bavail and not f_bfree: without the blocks that are kept for root.
+    return f", {disk.f_bavail * disk.f_frsize / 2**30:.1f} GiB free"

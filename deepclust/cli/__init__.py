@@ -1,0 +1,1 @@
+"""The command line: `deepclust COMMAND ...`; `python train.py ...` is `deepclust train ...`."""

@@ -1,0 +1,7 @@
+"""`python -m deepclust.cli COMMAND ...`, for where the script `deepclust` is not on the path."""
+
+import sys
+
+from deepclust.cli.main import main
+
+sys.exit(main())
