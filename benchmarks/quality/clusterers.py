@@ -1,10 +1,10 @@
 """Clusterers that train and that do not, all on the same frozen features: Markdown on stdout, table.md and cells.csv.
 
-    python scripts/compare_clusterers.py --out outputs/clusterers
-    python scripts/compare_clusterers.py --out outputs/clusterers --features clothing=clothing.npz --sets clothing
+    python -m benchmarks.quality.clusterers --out outputs/clusterers
+    python -m benchmarks.quality.clusterers --out outputs/clusterers --features clothing=clothing.npz --sets clothing
 
 Digits and Fashion-MNIST come as features of a SimCLR stage that is trained once per set and seed, and then frozen.
---features NAME=FILE adds a file of features and labels, as scripts/extract_features.py writes it. The number of
+--features NAME=FILE adds a file of features and labels, as benchmarks/quality/features.py writes it. The number of
 clusters is that of the classes. Heads train by their own recipe, as `python train.py data=features head=NAME` does.
 
 A finished cell is a file and is read, not computed, the next time; several processes may share one OUT. Labels are read
@@ -25,8 +25,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from compare_imbalanced import features_of, figure
 
+from benchmarks.quality.imbalanced import features_of, figure
 from deepclust import DeepClusterer
 from deepclust.clusterers import METHODS, Clustering, cluster
 from deepclust.data.features import from_features

@@ -1,6 +1,6 @@
 """What near-duplicates are found: altered copies of some photos of a folder, held against all of its photos.
 
-    python scripts/bench_duplicates.py PHOTOS WORK --backbone scripts/efficientnet_lite.py:lite0 --count 300
+    python -m benchmarks.quality.duplicates PHOTOS WORK --backbone scripts/efficientnet_lite.py:lite0 --count 300
 
 WORK keeps the copies and both feature stores for the next time. Printed are
 

@@ -1,9 +1,9 @@
 """Features of a data set by a backbone, as an .npz file that `data=features data.file=OUT` reads.
 
-    python scripts/extract_features.py OUT data=image_folder data.root=PHOTOS backbone=timm backbone.name=NAME \\
+    python -m benchmarks.quality.features OUT data=image_folder data.root=PHOTOS backbone=timm backbone.name=NAME \\
         backbone.pretrained=true augment.size=224
 
-    python scripts/extract_features.py OUT data=image_folder data.root=PHOTOS --module my_nets:encoder --size 160
+    python -m benchmarks.quality.features OUT data=image_folder data.root=PHOTOS --module my_nets:encoder --size 160
 
 Words are those of train.py: any data set, any backbone, the clean view of any augment. --module takes a torch module of
 your own instead: `FILE_OR_MODULE:FUNCTION`, a function without arguments that gives it, weights and all (see

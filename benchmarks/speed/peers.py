@@ -93,7 +93,7 @@ class Lightly:
 
 
 def views_like_ours(method: str, images: ImageSet) -> Callable[[Any], list[Tensor]]:
-    """lightly's transform with the parameters of `bench_train.VIEW`."""
+    """lightly's transform with the parameters of `benchmarks.speed.train.VIEW`."""
     color = images.channels == 3
     options: dict[str, Any] = {
         "cj_bright": 0.4,

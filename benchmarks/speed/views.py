@@ -1,6 +1,6 @@
 """Views per second on one core: the batch engine, the sample engine, torchvision on PIL images and on tensors.
 
-    python scripts/bench_views.py [--images 512] [--rounds 5]
+    python -m benchmarks.speed.views [--images 512] [--rounds 5]
 
 Each round runs every engine once, one after the other, on the same images; the figure is images over the median of the
 process's CPU seconds, so other programs on the machine disturb it little. Ratios are to torchvision on PIL.
@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from deepclust.data.random import sample_keys
 from deepclust.data.views import ViewTransform, build_views
 
-CONFIG = Path(__file__).resolve().parent.parent / "conf" / "augment"
+CONFIG = Path(__file__).resolve().parents[2] / "conf" / "augment"
 
 
 class Facts(NamedTuple):

@@ -1,10 +1,10 @@
 """Clusterings of long-tailed sets, all on the same frozen features: Markdown on stdout, OUT/table.md and OUT/cells.csv.
 
-    python scripts/compare_imbalanced.py --out outputs/imbalanced
-    python scripts/compare_imbalanced.py --out outputs/imbalanced --features clothing=clothing.npz --sets clothing
+    python -m benchmarks.quality.imbalanced --out outputs/imbalanced
+    python -m benchmarks.quality.imbalanced --out outputs/imbalanced --features clothing=clothing.npz --sets clothing
 
 Digits and Fashion-MNIST are thinned to imbalance 10 and 50 (data.imbalance); SimCLR is trained on what is left, once
-per set and seed, and then frozen. --features NAME=FILE adds a set of scripts/extract_features.py with its own
+per set and seed, and then frozen. --features NAME=FILE adds a set of benchmarks/quality/features.py with its own
 imbalance. Every head has the same cosine layer, the same k-means prototypes to begin with, the same views (the feature
 with noise and dropout), optimiser and number of steps; they differ in their targets alone.
 

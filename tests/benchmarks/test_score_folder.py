@@ -1,21 +1,17 @@
-"""scripts/score_folder.py on a toy run whose clusters are its classes."""
+"""A toy run's scores whose clusters are its classes."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.quality import score_folder
 from deepclust.folder.derived import Derived
 from deepclust.folder.state import relabelled
 from deepclust.folder.votes import Landmarks
 from tests.folder.toys import toy_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import score_folder
 
 
 def test_clusters_that_are_the_classes_score_full_and_merged_ones_less(

@@ -1,6 +1,6 @@
 """Speed of k-means, transport and neighbours against their physical floors and against other libraries, in one process.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python scripts/bench_ops.py [--only lloyd,knn] [--shapes c,d] [--repeats 5]
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.speed.ops [--only lloyd,knn] [--shapes c,d] [--repeats 5]
 
 Every row interleaves its contestants and prints medians of CPU time (`time.process_time`), which other jobs on the
 machine disturb least, per pass where contestants make several, and ratios to our own and to the floor. Read the ratios,
@@ -16,9 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench_kmeans import SHAPES, bench_batched, bench_lloyd, bench_memory, bench_warm
-from bench_neighbors import bench_knn
-from bench_transport import bench_partial, bench_self_label, bench_sinkhorn
+
+from benchmarks.speed.kmeans import SHAPES, bench_batched, bench_lloyd, bench_memory, bench_warm
+from benchmarks.speed.neighbors import bench_knn
+from benchmarks.speed.transport import bench_partial, bench_self_label, bench_sinkhorn
 
 BENCHES: dict[str, Callable[[int, str], None]] = {
     "lloyd": bench_lloyd,

@@ -1,11 +1,11 @@
 """True and estimated numbers of clusters, on subsets of classes so that the truth varies: Markdown, also OUT/table.md.
 
-    python scripts/compare_numbers.py --out outputs/numbers
-    python scripts/compare_numbers.py --out outputs/numbers --features clothing=clothing.npz --features \\
+    python -m benchmarks.quality.num_clusters --out outputs/numbers
+    python -m benchmarks.quality.num_clusters --out outputs/numbers --features clothing=clothing.npz --features \\
         fashion-lite0=fashion_lite0.npz
 
 Sets: pixels of digits, features of SimCLR (trained once and kept) of digits and Fashion-MNIST, balanced and thinned to
-imbalance 10, Gaussian blobs of 3 to 40 clusters, and files that scripts/extract_features.py wrote. Of each set with ten
+imbalance 10, Gaussian blobs of 3 to 40 clusters, and files of benchmarks/quality/features.py. Of each set with ten
 classes also draws of 4, 6 and 8 of them. Estimates see features alone.
 
 The estimate's criteria and their combination were chosen on some of the cases (`Case.held_out` is False for them);
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_imbalanced import features_of
 
+from benchmarks.quality.imbalanced import features_of
 from deepclust.clusterers import cluster
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores

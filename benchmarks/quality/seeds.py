@@ -1,8 +1,8 @@
 """Runs one configuration with several seeds, each in its own process as a user would, and prints a Markdown table.
 
-    python scripts/run_seeds.py --seeds 5 --out outputs/seeds data=digits
+    python -m benchmarks.quality.seeds --seeds 5 --out outputs/seeds data=digits
 
-    python scripts/run_seeds.py --seeds 5 --out outputs/seeds --read      # the table of runs that are there already
+    python -m benchmarks.quality.seeds --seeds 5 --out outputs/seeds --read   # the table of runs that are there
 
 Accuracies are those of the kept stage, in per cent. Seconds are those of summary.json.
 """
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCORES = ("acc", "nmi", "ari")
 
 

@@ -1,6 +1,6 @@
 """What the clusters of `deepclust cluster` are worth where the photos lie in one folder per class: a line, in per cent.
 
-    python scripts/score_folder.py outputs/clusters-PHOTOS-k10
+    python -m benchmarks.quality.score_folder outputs/clusters-PHOTOS-k10
 
 Classes are the names of the folders that hold the images; clusters, and their probabilities by the run's model, are
 those of the run as it is now. Noise and what was taken out does not count.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from benchmarks.quality import num_clusters
 from deepclust.errors import UserError
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    return importlib.import_module("compare_numbers")
+def script():
+    return num_clusters
 
 
 def test_subsets_are_of_as_many_classes_and_other_draws_of_others(script, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,19 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.quality import heads
 from deepclust.config import load
-
-SCRIPT = Path(__file__).parent.parent / "scripts/compare_heads.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("compare_heads", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_heads"] = module
-    spec.loader.exec_module(module)
-    return module
+    return heads
 
 
 @pytest.fixture
@@ -77,7 +70,7 @@ def test_the_table_the_csv_and_the_readme(script, fake, tmp_path, capsys):
     assert rows[3]["acc"] == "0.9" and rows[0]["acc"] == ""
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and shown.strip() in text
-    assert "`python scripts/compare_heads.py --heads simclr,swav,scan --budget 250" in text and "median of 3" in text
+    assert "`python -m benchmarks.quality.heads --heads simclr,swav,scan --budget 250" in text and "median of 3" in text
     script.main([*words, "--write-readme"])
     assert readme.read_text() == text
     readme.write_text("no markers")
@@ -101,7 +94,8 @@ def test_a_real_run(tmp_path):
     small = ["backbone.width=8", "trainer.num_workers=0", "trainer.num_threads=1", "eval.probes=false"]
     command = [
         sys.executable,
-        str(SCRIPT),
+        "-m",
+        "benchmarks.quality.heads",
         "--heads",
         "moco",
         "--seeds",
@@ -111,6 +105,6 @@ def test_a_real_run(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run([*command, *small], capture_output=True, text=True)
+    done = subprocess.run([*command, *small], cwd=heads.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2].startswith("| moco | – | – | – |")

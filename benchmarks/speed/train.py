@@ -1,6 +1,6 @@
 """Training speed and quality per second, beside what is asked of it and beside lightly, in one process on one thread.
 
-    python scripts/bench_train.py [--only nets,views,bank,between,start,quality] [--rounds 3] [--seconds 10]
+    python -m benchmarks.speed.train [--only nets,views,bank,between,start,quality] [--rounds 3] [--seconds 10]
 
 Contestants alternate step by step, and figures are medians of CPU time (`time.process_time`), which other jobs on the
 machine disturb least. lightly (extra `bench`) gets the same network, first weights, views, batch and optimiser, and
@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_harness import measure
-from bench_views import engines, photo_like
-from bench_views import simclr as torchvision_simclr
 from torch import Tensor, nn
 
+from benchmarks.speed.harness import measure
+from benchmarks.speed.views import engines, photo_like
+from benchmarks.speed.views import simclr as torchvision_simclr
 from deepclust.backbones import cifar_resnet, small_convnet
 from deepclust.data.datasets import digits, fashion_mnist, from_arrays
 from deepclust.data.image_set import ImageSet
@@ -47,7 +47,7 @@ from deepclust.precision import autocast
 from deepclust.settings import OptimSettings, TrainerSettings
 from deepclust.trainer import Hooks, Stopped, Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "p": 0.8}
 VIEW: list[dict[str, Any]] = [
     {"random_resized_crop": {"scale": [0.2, 1.0]}},
@@ -123,7 +123,7 @@ def peers(method: str, trainer: Trainer, batch_size: int) -> dict[str, Any]:
     """lightly's loops by name, from our first weights; none where lightly is not installed."""
     if find_spec("lightly") is None:
         return {}
-    from bench_peers import Lightly
+    from benchmarks.speed.peers import Lightly
 
     network = trainer.network
     dtypes = {"lightly, float32": None, "lightly, autocast too": trainer.stepper.dtype}

@@ -1,7 +1,7 @@
 """Can confidences be trusted? Raw heads, constants, temperatures and calibration heads beside each other.
 
-    python scripts/compare_calibration.py --seeds 3 --out outputs/calibration
-    python scripts/compare_calibration.py --features FILE.npz     # arrays `features` (N, D) and `labels` (N,) as well
+    python -m benchmarks.quality.calibration --seeds 3 --out outputs/calibration
+    python -m benchmarks.quality.calibration --features FILE.npz   # arrays `features` (N, D) and `labels` (N,), too
 
 Fashion-MNIST's 10,000 test images go through the ordinary recipe (SimCLR, SCAN, self-labelling); rows of a file through
 SCAN and self-labelling. From the same weights then start two calibration heads: around self-labelling of the SCAN

@@ -1,4 +1,4 @@
-"""k-means against its floor and other libraries; run by `bench_ops.py`."""
+"""k-means against its floor and other libraries; run by `benchmarks.speed.ops`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_harness import Contestants, Timing, measure, show
 from torch import Tensor
 
+from benchmarks.speed.harness import Contestants, Timing, measure, show
 from deepclust.ops import kmeans
 
 SHAPES = {

@@ -1,4 +1,4 @@
-"""Transport against its floors and POT; run by `bench_ops.py`."""
+"""Transport against its floors and POT; run by `benchmarks.speed.ops`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from bench_harness import Contestants, Timing, measure, show
 from torch import Tensor
 
+from benchmarks.speed.harness import Contestants, Timing, measure, show
 from deepclust.ops import partial_transport, self_label, sinkhorn
 
 

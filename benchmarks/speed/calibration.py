@@ -1,6 +1,6 @@
 """What the mini-clusters of the calibration head cost: their k-means' share of a training step (goal: at most 10 %).
 
-    python scripts/bench_calibration.py [--steps 3]
+    python -m benchmarks.speed.calibration [--steps 3]
 
 Each line trains one net on random images with the calibration head around self-labelling, as it comes (one restart,
 warm start) and as the paper's reference has it (ten restarts from nothing in every batch): CPU seconds of a step.

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 from sklearn.datasets import make_blobs
 
+from benchmarks.quality import clusterers
 from deepclust.eval.choice import CRITERIA
 
 X, Y = make_blobs(60, 8, centers=3, cluster_std=0.5, random_state=0)
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("compare_clusterers", SCRIPTS / "compare_clusterers.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_clusterers", module)
-    spec.loader.exec_module(module)
-    return module
+def script() -> ModuleType:
+    return clusterers
 
 
 def test_cells_are_computed_once_and_the_chosen_is_marked(script, tmp_path, monkeypatch, capsys):

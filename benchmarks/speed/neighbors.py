@@ -1,4 +1,4 @@
-"""Neighbour search against its floor and faiss; run by `bench_ops.py`."""
+"""Neighbour search against its floor and faiss; run by `benchmarks.speed.ops`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from bench_harness import Contestants, measure, show
 from torch import Tensor
 
+from benchmarks.speed.harness import Contestants, measure, show
 from deepclust.ops import knn
 
 

@@ -1,6 +1,6 @@
 """What `deepclust cluster` costs beside the decoding and the network that it cannot do without: a table, in Markdown.
 
-    python scripts/bench_folder.py PHOTOS --backbone scripts/efficientnet_lite.py:lite0 [--count 50000] [--out DIR]
+    python -m benchmarks.speed.folder PHOTOS --backbone scripts/efficientnet_lite.py:lite0 [--count 50000] [--out DIR]
 
 The photos are repeated to `--count` paths by links. Bare decoding (all threads) and the bare network are measured on at
 most `--sample` of them, before and after the run, and the means are scaled to the count; the run is

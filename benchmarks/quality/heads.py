@@ -1,8 +1,8 @@
 """Trains every head on the same data, backbone and number of images, and prints one table.
 
-    python scripts/compare_heads.py --data digits --seeds 3
+    python -m benchmarks.quality.heads --data digits --seeds 3
 
-    python scripts/compare_heads.py --heads swav,sela --budget 80000 --out outputs/compare backbone.width=64
+    python -m benchmarks.quality.heads --heads swav,sela --budget 80000 --out outputs/compare backbone.width=64
 
 A run is what `python train.py head=NAME` does, in a process of its own, with the budget in images seen; words at the
 end go to each. Runs that are finished in --out are read, stopped ones go on, and runs with other words start over.
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- compare_heads begins -->", "<!-- compare_heads ends -->"
 FIGURES = (
     "acc",
@@ -184,7 +184,7 @@ def _command(asked: argparse.Namespace, arguments: Sequence[str] | None) -> str:
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if word != "--write-readme"]
     spread = "lowest and highest" if asked.statistic == "median" else "standard deviation"
     over = f"{asked.statistic} of {asked.seeds} seeds ({spread})" if asked.seeds > 1 else "one seed"
-    command = " ".join(["python scripts/compare_heads.py", *words])
+    command = " ".join(["python -m benchmarks.quality.heads", *words])
     return f"`{command}`: {over}, {asked.budget:,} images seen each"
 
 
