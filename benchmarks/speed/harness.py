@@ -1,4 +1,4 @@
-"""How the benchmarks of the operations measure and print: contestants in turn, medians of CPU time, ratios."""
+"""How the benchmarks of this folder measure and print; it has no command of its own."""
 
 from __future__ import annotations
 
@@ -10,46 +10,71 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Contestants = dict[str, Callable[[], Any]]
+Contestants = Mapping[str, Callable[[], Any]]
+"""Name to what is run. Names that begin with `floor` are what nobody can do without."""
 
 
 @dataclass
 class Timing:
-    """seconds: median of CPU time. spread: (largest - smallest) / median. result: what the last run returned."""
+    """CPU time of one contestant."""
 
     seconds: float
+    """Median over the runs that count."""
     spread: float
+    """(Largest - smallest) / median."""
     result: Any
+    """What the last run returned."""
 
 
 def measure(contestants: Contestants, repeats: int) -> dict[str, Timing]:
-    """Runs all in turn, `repeats` times and once before that does not count.
+    """CPU time of each contestant: runs all of them in turn, `repeats` times.
 
-    Each time in another order: whoever runs finds the caches as the one before has left them.
+    contestants: functions without arguments, by name.
+    repeats: rounds that count; one more before them does not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    results, shuffled = {}, random.Random(0)
+    results: dict[str, Any] = {}
+    # Each round has another order: whoever runs finds the caches as the one before has left them.
+    shuffled = random.Random(0)
+    # The first round pays for imports, memory from the system and code that compiles itself.
     for _ in range(repeats + 1):
         for name, run in shuffled.sample(list(contestants.items()), len(contestants)):
+            # CPU time and not the clock: other jobs on the machine disturb it least.
             start = time.process_time()
             results[name] = run()
             seconds[name].append(time.process_time() - start)
-    timings = {}
-    for name, values in seconds.items():
-        median = statistics.median(values[1:])
-        timings[name] = Timing(median, (max(values[1:]) - min(values[1:])) / median, results[name])
-    return timings
+    return {name: _timing(values[1:], results[name]) for name, values in seconds.items()}
 
 
-def show(
-    title: str, timings: Mapping[str, Timing], passes: Mapping[str, int] = {}, notes: Mapping[str, str] = {}
+def _timing(seconds: list[float], result: Any) -> Timing:
+    median = statistics.median(seconds)
+    return Timing(median, (max(seconds) - min(seconds)) / median, result)
+
+
+def print_timings(
+    title: str,
+    timings: Mapping[str, Timing],
+    passes: Mapping[str, int] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Prints one comparison; a contestant's time is divided by its number of passes."""
-    each = {name: timing.seconds / passes.get(name, 1) for name, timing in timings.items()}
-    floor = min((value for name, value in each.items() if name.startswith("floor")), default=math.nan)
+    """Prints one comparison, a line a contestant: time, ratio to `ours`, ratio to the best floor.
+
+    title: of the comparison.
+    timings: as `measure` returns them; `ours` must be among them.
+    passes: by which a contestant's time is divided; 1 if not given.
+    notes: text at the end of a contestant's line.
+    """
+    passes = passes or {}
+    notes = notes or {}
+    seconds = {name: timing.seconds / passes.get(name, 1) for name, timing in timings.items()}
+    # Several products of the same shape may stand as floors; the fastest is the true one.
+    floors = [value for name, value in seconds.items() if name.startswith("floor")]
+    floor = min(floors, default=math.nan)
     print(title)
-    for name, value in each.items():
-        ratios = f"{value / each['ours']:7.2f} x ours"
-        ratios += "" if math.isnan(floor) else f"{value / floor:7.2f} x floor"
+    for name, value in seconds.items():
+        ratios = f"{value / seconds['ours']:7.2f} x ours"
+        if floors:
+            ratios += f"{value / floor:7.2f} x floor"
         spread = f"spread {timings[name].spread:4.0%}"
-        print(f"  {name:26s}{1e3 * value:10.2f} ms  {ratios}  {spread}  {notes.get(name, '')}".rstrip(), flush=True)
+        line = f"  {name:26s}{1e3 * value:10.2f} ms  {ratios}  {spread}  {notes.get(name, '')}"
+        print(line.rstrip(), flush=True)
