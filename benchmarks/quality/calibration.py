@@ -1,33 +1,42 @@
-"""Can confidences be trusted? Raw heads, constants, temperatures and calibration heads beside each other.
+"""How far confidences can be trusted: raw heads, constants, temperatures, calibration heads.
 
-    python -m benchmarks.quality.calibration --seeds 3 --out outputs/calibration
-    python -m benchmarks.quality.calibration --features FILE.npz   # arrays `features` (N, D) and `labels` (N,), too
+    python -m benchmarks.quality.calibration --features clothing_lite0.npz
 
-Fashion-MNIST's 10,000 test images go through the ordinary recipe (SimCLR, SCAN, self-labelling); rows of a file through
-SCAN and self-labelling. From the same weights then start two calibration heads: around self-labelling of the SCAN
-clusters, and as the paper has it, both heads from k-means. No choice sees a label. What is done is kept in `--out`, so
-that a stopped comparison goes on; the tables are written to it as Markdown and CSV.
+printed the committed tables; `benchmarks.quality.features` writes such a file.
+Fashion-MNIST's 10,000 test images go through the ordinary recipe (SimCLR, SCAN, self-labelling);
+rows of a file through SCAN and self-labelling. From the same weights then start two calibration
+heads: around self-labelling of the SCAN clusters, and as the paper has it, both heads from k-means.
+No choice sees a label. Rows of the tables:
+
+- raw head: the head's own probabilities
+- constant confidence: the accuracy estimated without labels, for every image
+- temperature scaling, label-free: probabilities whose mean is that estimate
+- calibration head: its probabilities, and those of the clustering head beneath it
+
+What is done is kept in `--out`, so that a stopped comparison goes on; the tables are written to it
+as Markdown and CSV.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from benchmarks.quality.common import table_row, table_rule, write_csv
 from deepclust import checkpoint
 from deepclust.config import RunConfig, build, load
 from deepclust.data.image_set import ImageSet
-from deepclust.data.views import build_views
+from deepclust.data.views import ViewTransform, build_views
 from deepclust.heads import Head
 from deepclust.heads.calibration import Calibration
 from deepclust.heads.selflabel import SelfLabel
@@ -41,6 +50,8 @@ QUIET = ("eval.baselines=none", "eval.probes=false", "trainer.num_threads=1")
 SCORES = ("acc", "confidence", "ece", "adaptive_ece", "brier", "nll", "auroc", "aurc")
 ESTIMATES = ("accuracy", "accuracy_error", "ece", "ece_error")
 COLUMNS = (*SCORES, *(f"estimated_{name}" for name in ESTIMATES), "seconds")
+UNSCALED = ("brier", "nll", "seconds")
+"""Columns that are no percentages."""
 NAMES = {
     "selflabel/predicted": "self-labelling: raw head",
     "selflabel/constant": "… constant confidence (estimated accuracy)",
@@ -52,165 +63,287 @@ NAMES = {
     "kmeans/temperature": "… temperature scaling, label-free",
     "kmeans/predicted": "… calibration head",
 }
+"""METHOD/VARIANT to the name of its row."""
+STAGE = 7
+"""Number of the stage that is measured: its random stream must be none of the recipe's stages."""
+
+Figures = dict[str, dict[str, float | None]]
+"""Figures by the names of `COLUMNS`, by METHOD/VARIANT or by variant."""
+
+
+# --- what all methods start from ------------------------------------------------------------------
 
 
 @dataclass
 class Start:
-    """One data set and seed: images, views, and the networks after the pretext and after SCAN."""
+    """What all methods start from: one data set and seed, with networks trained on it."""
 
     images: ImageSet
     augment: dict[str, Any]
+    """Views by name."""
     pretext: Network
+    """After SimCLR; with a file of features there is no pretext, and this is after SCAN as well."""
     scan: Network
     second: SecondOpinions
+    """Independent clusterings of the first network's features."""
     num_clusters: int
     seed: int
 
 
 def start_of(data: str, seed: int, out: Path) -> Start:
-    """Trains what all methods start from, or reads it from the run folder. data: `fashion_mnist` or a file's path."""
-    common = [*QUIET, f"seed={seed}"]
-    if data == "fashion_mnist":
-        config = load(["data=fashion_mnist", *common, f"run.dir={out / f'fashion-{seed}'}"])
-    else:
-        scan = [f"{key}={value}" for key, value in _recipe_head("scan").items() if key not in ("_target_", "init")]
-        words = ["data=features", f"data.file={data}", "head=scan", "head.init=[spectral,spectral,spectral,kmeans]"]
-        words += [f"head.{word}" for word in scan] + ["optim.lr=3e-4", "optim.head_lr=5e-3", "optim.warmup_steps=20"]
-        folder = out / f"{Path(data).stem}-{seed}"
-        config = load([*words, *common, "num_clusters=10", "trainer.num_images=54000", f"run.dir={folder}"])
+    """Trains what all methods start from, or reads it from the run folder below `out`.
+
+    data: `fashion_mnist`, or the path of a file of features.
+    seed: of the run.
+    out: of the comparison.
+    """
+    config = load([*_words(data, seed, out), *QUIET, f"seed={seed}"])
     train(config)
     images = build(config.data).train
-    names = list(config.stages)
-    networks = [_network(config, number, name, images) for number, name in enumerate(names) if name != "selflabel"]
-    augment = config.stages[names[-1]].augment
-    first = Trainer(networks[0].backbone, networks[0].head, images, _views(augment, images, networks[0].head))
-    number = config.num_clusters or int(images.classes.max()) + 1  # pyright: ignore[reportOptionalMemberAccess]
-    second = ask(first.features()[0].numpy(), number)
-    return Start(images, augment, networks[0], networks[-1], second, number, seed)
+    networks = [
+        _network(config, number, name, images)
+        for number, name in enumerate(config.stages)
+        # Self-labelling is one of the methods compared; all start before it.
+        if name != "selflabel"
+    ]
+    augment = list(config.stages.values())[-1].augment
+    num_clusters = config.num_clusters
+    if num_clusters is None:
+        assert images.classes is not None
+        num_clusters = int(images.classes.max()) + 1
+    first = networks[0]
+    trainer = Trainer(first.backbone, first.head, images, _views(augment, images, first.head))
+    second = ask(trainer.features()[0].numpy(), num_clusters)
+    return Start(images, augment, first, networks[-1], second, num_clusters, seed)
 
 
-def _recipe_head(stage: str) -> dict[str, Any]:
-    return load([]).stages[stage].head
+def _words(data: str, seed: int, out: Path) -> list[str]:
+    """The run that all methods start from, in the words of the command line."""
+    if data == "fashion_mnist":
+        return ["data=fashion_mnist", f"run.dir={out / f'fashion-{seed}'}"]
+    # One stage with the recipe's SCAN head; its beginnings are for frozen features.
+    head = load([]).stages["scan"].head
+    parameters = {key: value for key, value in head.items() if key not in ("_target_", "init")}
+    return [
+        "data=features",
+        f"data.file={data}",
+        "head=scan",
+        "head.init=[spectral,spectral,spectral,kmeans]",
+        # As JSON: None, true and lists are written alike there and on the command line.
+        *(f"head.{key}={json.dumps(value)}" for key, value in parameters.items()),
+        "optim.lr=3e-4",
+        "optim.head_lr=5e-3",
+        "optim.warmup_steps=20",
+        "num_clusters=10",
+        "trainer.num_images=54000",
+        f"run.dir={out / f'{Path(data).stem}-{seed}'}",
+    ]
 
 
 def _network(config: RunConfig, number: int, name: str, images: ImageSet) -> Network:
     """A stage's network as its last checkpoint has it."""
-    sizes = {"channels": images.channels, "size": images.size[0], "num_clusters": config.num_clusters or 10}
-    network = build_network(config.backbone, config.stages[name].head, sizes, num_samples=len(images))
-    root = Path(config.folder()) / "checkpoints"
-    path = max((root / f"{number:02d}-{name}").iterdir())
-    state = checkpoint.load(path).state
+    num_clusters = config.num_clusters or 10
+    sizes = {"channels": images.channels, "size": images.size[0], "num_clusters": num_clusters}
+    head = config.stages[name].head
+    network = build_network(config.backbone, head, sizes, num_samples=len(images))
+    # Names of checkpoints hold their step with leading zeros: the last by name is the latest.
+    folder = Path(config.folder()) / "checkpoints" / f"{number:02d}-{name}"
+    state = checkpoint.load(max(folder.iterdir())).state
     network.backbone.load_state_dict(state["backbone"])
     network.head.load_state_dict(state["head"])
     return network
 
 
-def _views(augment: dict[str, Any], images: ImageSet, head: Head) -> Any:
+def _views(augment: dict[str, Any], images: ImageSet, head: Head) -> dict[str, ViewTransform]:
+    """The views that a head declares, and `clean`, at the images' own size."""
     names = list(dict.fromkeys(["clean", *(view.augment for view in head.views)]))
     return build_views({**augment, "size": None}, images, names)
 
 
+# --- methods --------------------------------------------------------------------------------------
+
+
 def measure(
-    start: Start, network: Network, head: Head, settings: TrainerSettings, optim: OptimSettings
-) -> dict[str, dict[str, float | None]]:
-    """Trains one more stage from a network's weights; its figures by variant."""
+    start: Start,
+    network: Network,
+    head: Head,
+    settings: TrainerSettings,
+    optim: OptimSettings,
+) -> Figures:
+    """Trains one more stage from a network's weights; returns its figures by variant.
+
+    start: data and seed.
+    network: whose weights the stage begins with; it stays as it is.
+    head: of the stage.
+    settings, optim: of the stage.
+    """
+    # Two methods start from the same network.
     network = copy.deepcopy(network)
     head.init_from(network.head)
-    views, began = _views(start.augment, start.images, head), time.process_time()
-    where: dict[str, Any] = {"settings": settings, "optim": optim, "seed": start.seed, "stage": 7}
-    trainer = Trainer(network.backbone, head, start.images, views, **where)
+    views = _views(start.augment, start.images, head)
+    began = time.process_time()
+    trainer = Trainer(
+        network.backbone,
+        head,
+        start.images,
+        views,
+        settings=settings,
+        optim=optim,
+        seed=start.seed,
+        stage=STAGE,
+    )
     trainer.fit()
     seconds = time.process_time() - began
     features, rows = trainer.features()
-    classes = None if start.images.classes is None else start.images.classes[rows.numpy()]
-    found = trust(trainer.evaluated, features.numpy(), classes, start.second, start.num_clusters)
-    figures = {name: {key: scores[key] for key in SCORES} for name, scores in found["scores"].items()}
-    figures["predicted"] |= {f"estimated_{key}": found["estimate"][key] for key in ESTIMATES}
-    figures["predicted"]["seconds"] = seconds
+    classes = start.images.classes
+    if classes is not None:
+        classes = classes[rows.numpy()]
+    report = trust(trainer.evaluated, features.numpy(), classes, start.second, start.num_clusters)
+    figures: Figures = {
+        name: {key: scores[key] for key in SCORES} for name, scores in report["scores"].items()
+    }
+    estimate = {f"estimated_{key}": report["estimate"][key] for key in ESTIMATES}
+    figures["predicted"] |= {**estimate, "seconds": seconds}
     return figures
 
 
-def compare(start: Start, mini_clusters: int) -> dict[str, dict[str, float | None]]:
-    """All methods from one start: figures by method and variant."""
-    dim, k = start.scan.backbone.num_features, start.num_clusters
+def compare(start: Start, mini_clusters: int) -> Figures:
+    """Figures of all methods from one start, by METHOD/VARIANT.
+
+    start: data, networks and seed.
+    mini_clusters: of a macro batch, in both calibration heads.
+    """
+    dim = cast(int, start.scan.backbone.num_features)
+    k = start.num_clusters
+    # Heads draw their first weights from the global stream, in the order in which they are made.
     torch.manual_seed(start.seed)
     recipe = load([]).stages["selflabel"]
-    micro = TrainerSettings(num_images=36_000, batch_size=1000, micro_batches=2, num_threads=1)
-    plain = OptimSettings(lr=1e-4, backbone_lr=5e-5, schedule="constant", weight_decay=0, step_per="micro")
-    shape: dict[str, Any] = {"hidden_dim": 128, "mini_clusters": mini_clusters, "orthogonal_steps": 200}
+    calibrated = TrainerSettings(num_images=36_000, batch_size=1000, micro_batches=2, num_threads=1)
+    optim = OptimSettings(
+        lr=1e-4, backbone_lr=5e-5, schedule="constant", weight_decay=0, step_per="micro"
+    )
+    shape: dict[str, Any] = {
+        "hidden_dim": 128,
+        "mini_clusters": mini_clusters,
+        # A tenth of the reference's 2000, for layers of 128 units.
+        "orthogonal_steps": 200,
+    }
+    # Ten times the rate of what it wraps: 1e-3, which both heads from k-means have as well.
     around = Calibration(dim, k, SelfLabel(dim, k, kind="cosine"), lr_scale=10.0, **shape)
     anew = Calibration(dim, k, SelfLabel(dim, k, kind="mlp", hidden_dim=128), **shape)
+    plain = SelfLabel(dim, k, kind="cosine", quota=0.5)
     jobs: dict[str, tuple[Network, Head, TrainerSettings, OptimSettings]] = {
-        "selflabel": (start.scan, SelfLabel(dim, k, kind="cosine", quota=0.5), recipe.trainer, recipe.optim),
-        "calibration": (start.scan, around, micro, plain),
-        "kmeans": (start.pretext, anew, micro, replace(plain, head_lr=1e-3)),
+        "selflabel": (start.scan, plain, recipe.trainer, recipe.optim),
+        "calibration": (start.scan, around, calibrated, optim),
+        "kmeans": (start.pretext, anew, calibrated, replace(optim, head_lr=1e-3)),
     }
-    found: dict[str, dict[str, float | None]] = {}
-    for name, (network, head, settings, optim) in jobs.items():
-        for variant, figures in measure(start, network, head, settings, optim).items():
-            found[f"{name}/{variant}"] = figures
-    return found
+    figures: Figures = {}
+    for method, job in jobs.items():
+        for variant, scores in measure(start, *job).items():
+            figures[f"{method}/{variant}"] = scores
+    return figures
 
 
-def table(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a method: mean and standard deviation over seeds of every figure."""
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Figures]) -> list[dict[str, Any]]:
+    """One row per method: mean and standard deviation over seeds of every figure.
+
+    results: of each seed, by METHOD/VARIANT.
+    """
     rows = []
     for method in (name for name in NAMES if name in results[0]):
         row: dict[str, Any] = {"method": NAMES[method]}
         for column in COLUMNS:
-            values = [result[method][column] for result in results if result[method].get(column) is not None]
+            figures = [result[method].get(column) for result in results]
+            values = [figure for figure in figures if figure is not None]
             if values:
                 row[column] = statistics.fmean(values)
+                # Of the seeds at hand, not estimated for others: the committed tables have it so.
                 row[f"{column}_std"] = statistics.pstdev(values)
         rows.append(row)
     return rows
 
 
 def markdown(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Figures in % but for Brier, NLL and seconds; mean ± standard deviation over seeds."""
+    """A table of rows as `table` gives them, in per cent but for `UNSCALED`.
+
+    title: of the table.
+    rows: means and standard deviations.
+    """
     heads = ["method", *(column.replace("_", " ") for column in COLUMNS)]
-    lines = [f"### {title}", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for row in rows:
-        cells = [row["method"]]
-        for column in COLUMNS:
-            scale, digits = (1, 2) if column in ("brier", "nll", "seconds") else (100, 1)
-            mean, spread = row.get(column), row.get(f"{column}_std")
-            empty = mean is None or spread is None
-            cells.append("" if empty else f"{scale * mean:.{digits}f} ± {scale * spread:.{digits}f}")
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [f"### {title}", "", table_row(heads), table_rule(len(heads))]
+    lines += [table_row([row["method"], *(_cell(row, name) for name in COLUMNS)]) for row in rows]
     return "\n".join([*lines, ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def _cell(row: dict[str, Any], column: str) -> str:
+    """Mean ± standard deviation, empty where a method has no such figure."""
+    if column not in row:
+        return ""
+    scale, digits = (1, 2) if column in UNSCALED else (100, 1)
+    mean = scale * row[column]
+    spread = scale * row[f"{column}_std"]
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Computes what is missing, then writes and prints the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--features", type=Path, action="append", default=[], help="a .npz file; may be repeated")
+    parser.add_argument(
+        "--features", action="append", default=[], help="a .npz file; may be repeated"
+    )
     parser.add_argument("--no-fashion", action="store_true", help="leave Fashion-MNIST out")
-    parser.add_argument("--mini-clusters", type=int, default=20, help="neighbourhoods of 1,000 images (default 2 K)")
+    parser.add_argument(
+        "--mini-clusters", type=int, default=20, help="of 1,000 images (default 2 K)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/calibration"))
-    words = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    words.out.mkdir(parents=True, exist_ok=True)
-    texts, lines = [], []
-    for data in [*([] if words.no_fashion else ["fashion_mnist"]), *map(str, words.features)]:
-        results = []
-        for seed in range(words.seeds):
-            file = words.out / f"{Path(data).stem}-{seed}-{words.mini_clusters}.json"
-            if not file.exists():
-                found = compare(start_of(data, seed, words.out), words.mini_clusters)
-                file.write_text(json.dumps(found, indent=2))
-            results.append(json.loads(file.read_text()))
-        rows = table(results)
-        texts.append(markdown(f"{Path(data).stem}, {words.seeds} seeds, {words.mini_clusters} mini-clusters", rows))
-        lines += [{"data": Path(data).stem, "mini_clusters": words.mini_clusters, **row} for row in rows]
-    names = ["data", "mini_clusters", "method", *(name for column in COLUMNS for name in (column, f"{column}_std"))]
-    with open(words.out / f"calibration-{words.mini_clusters}.csv", "w", newline="") as handle:
-        writer = csv.DictWriter(handle, names)
-        writer.writeheader()
-        writer.writerows(lines)
-    (words.out / f"calibration-{words.mini_clusters}.md").write_text("\n".join(texts))
-    print("\n".join(texts))
+    options.out.mkdir(parents=True, exist_ok=True)
+    number = options.mini_clusters
+    sets = options.features if options.no_fashion else ["fashion_mnist", *options.features]
+    texts: list[str] = []
+    lines: list[dict[str, Any]] = []
+    for data in sets:
+        name = Path(data).stem
+        seeds = range(options.seeds)
+        rows = table([figures_of(data, seed, number, options.out) for seed in seeds])
+        title = f"{name}, {options.seeds} seeds, {number} mini-clusters"
+        texts.append(markdown(title, rows))
+        lines += [{"data": name, "mini_clusters": number, **row} for row in rows]
+    columns = ["data", "mini_clusters", "method"]
+    columns += [name for column in COLUMNS for name in (column, f"{column}_std")]
+    cells = [[line.get(column) for column in columns] for line in lines]
+    write_csv(options.out / f"calibration-{number}.csv", columns, cells)
+    text = "\n".join(texts)
+    (options.out / f"calibration-{number}.md").write_text(text)
+    print(text)
+    return 0
+
+
+def figures_of(data: str, seed: int, mini_clusters: int, out: Path) -> Figures:
+    """Figures of one data set and seed, computed or read from `out`.
+
+    data: `fashion_mnist`, or the path of a file of features.
+    seed: of the run and the heads.
+    mini_clusters: of a macro batch.
+    out: of the comparison.
+    """
+    file = out / f"{Path(data).stem}-{seed}-{mini_clusters}.json"
+    if not file.exists():
+        figures = compare(start_of(data, seed, out), mini_clusters)
+        file.write_text(json.dumps(figures, indent=2))
+    # Read in either case: a table must not depend on what was computed in this process.
+    return json.loads(file.read_text())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,39 +1,49 @@
-"""Clusterers that train and that do not, all on the same frozen features: Markdown on stdout, table.md and cells.csv.
+"""Clusterers that train and that do not, on the same frozen features, and label-free choices.
 
-    python -m benchmarks.quality.clusterers --out outputs/clusterers
-    python -m benchmarks.quality.clusterers --out outputs/clusterers --features clothing=clothing.npz --sets clothing
+    python -m benchmarks.quality.clusterers --features clothing=clothing.npz
 
-Digits and Fashion-MNIST come as features of a SimCLR stage that is trained once per set and seed, and then frozen.
---features NAME=FILE adds a file of features and labels, as benchmarks/quality/features.py writes it. The number of
-clusters is that of the classes. Heads train by their own recipe, as `python train.py data=features head=NAME` does.
+printed the committed tables. Digits and Fashion-MNIST come as features of a SimCLR stage that is
+trained once per set and seed, and then frozen; clothing.npz is of `benchmarks.quality.features`.
+The number of clusters is that of the classes. Heads train by their own recipe, as
+`python train.py data=features head=NAME` does. Tables are printed in Markdown and written to
+OUT/table.md, and all figures to OUT/cells.csv.
 
-A finished cell is a file and is read, not computed, the next time; several processes may share one OUT. Labels are read
-when the tables are made. A star marks the clustering that a label-free criterion chooses (--by); the second table says
-what each criterion's choice costs against the best, and what one method for all sets costs.
+A finished cell is a file and is read, not computed, the next time; several processes may share one
+OUT. Labels are read when the tables are made. A star marks the clustering that a label-free
+criterion chooses (--by); the last table says what each criterion's choice costs against the best,
+and what one method for all sets costs.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.imbalanced import features_of, figure
+from benchmarks.quality.common import (
+    Cell,
+    comparison_parser,
+    features_of,
+    figure,
+    named_files,
+    publish,
+    save_arrays,
+    table_row,
+    table_rule,
+    write_csv,
+)
 from deepclust import DeepClusterer
 from deepclust.clusterers import METHODS, Clustering, cluster
 from deepclust.data.features import from_features
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
 from deepclust.eval.choice import CRITERIA, DEFAULT, choose, criteria
-from deepclust.run_folder import write_atomic
 
 SETS = ("digits-1", "fashion_mnist-1")
 """The last number is the imbalance; 1: none."""
@@ -48,189 +58,261 @@ QUIET = {
     "eval.gallery_images": 1,
     "trainer.num_threads": 1,
 }
+"""Heads see the features alone, and are not evaluated beyond their clusters."""
+MORE = {
+    "scan": {
+        "head.kind": "cosine",
+        "head.init": "kmeans",
+        "head.num_neighbors": 10,
+        "optim.lr": 5e-3,
+    },
+    "p2ot": {"head.init": "kmeans", "head.view": "strong"},
+}
+"""Further settings of heads that are made to train a backbone too, which is frozen here."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One clustering: a set, a seed and a method."""
-
-    data: str
-    seed: int
-    method: str
-
-    def file(self, out: Path) -> Path:
-        """Where its clusters are kept."""
-        return out / "cells" / f"{self.data}_{self.seed}_{self.method}.npz"
+# --- clusterings ----------------------------------------------------------------------------------
 
 
 def by_head(head: str, x: np.ndarray, num_clusters: int, seed: int) -> Clustering:
-    """Clusters of a head that its own recipe trains on features (N, D)."""
-    model = DeepClusterer(num_clusters, recipe=f"single_{head}" if head != "scan" else "single", random_state=seed)
+    """Clusters of a head that its own recipe trains on frozen features.
+
+    head: of `HEADS`.
+    x: (N, D) float32.
+    num_clusters: K.
+    seed: of the training.
+    """
+    # SCAN has no recipe of its own for a single stage.
+    recipe = "single" if head == "scan" else f"single_{head}"
+    model = DeepClusterer(num_clusters, recipe=recipe, random_state=seed)
     model.set_params(overrides={**QUIET, "head": head, **MORE.get(head, {})})
     model.fit(from_features(x))
     return Clustering(model.labels_, model.confidence_)
 
 
-MORE = {
-    "scan": {"head.kind": "cosine", "head.init": "kmeans", "head.num_neighbors": 10, "optim.lr": 5e-3},
-    "p2ot": {"head.init": "kmeans", "head.view": "strong"},
-}
-"""What heads that are no clusterers of frozen features by themselves are told besides."""
-
-
 def compute(cell: Cell, x: np.ndarray, num_clusters: int, out: Path) -> None:
-    """Leaves a cell's labels, confidences and seconds of processor time in its file."""
-    began = time.process_time()
+    """Computes a cell and writes labels, confidences and seconds of CPU time to its file.
+
+    cell: set, seed and method.
+    x: (N, D) float32 features of the set.
+    num_clusters: K.
+    out: of the comparison.
+    """
+    # CPU time: other processes may be at other cells on the same machine.
+    start = time.process_time()
     if cell.method in METHODS:
-        found = cluster(cell.method, x, num_clusters, seed=cell.seed)
+        result = cluster(cell.method, x, num_clusters, seed=cell.seed)
     else:
-        found = by_head(cell.method, x, num_clusters, cell.seed)
-    seconds = time.process_time() - began
-    path = cell.file(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, labels=found.labels, confidence=found.confidence, seconds=seconds)
-    part.replace(path)
+        result = by_head(cell.method, x, num_clusters, cell.seed)
+    seconds = time.process_time() - start
+    path = cell.file(out, ".npz")
+    save_arrays(path, labels=result.labels, confidence=result.confidence, seconds=seconds)
     print(f"{cell} in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+# --- figures --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Result:
-    """One clustering's figures against labels and without them, and whether each criterion chooses it."""
+    """One clustering's figures."""
 
     cell: Cell
     clusters: int
     seconds: float
     scores: dict[str, float]
+    """Against labels, by the names of `SCORES`."""
     criteria: dict[str, float]
+    """Without labels, by the names of `CRITERIA`."""
     chosen: dict[str, bool]
+    """Whether each criterion chooses this clustering of its set and seed."""
 
 
 def results(name: str, seed: int, out: Path, file: str | None) -> list[Result]:
-    """Figures of all finished cells of a set and seed."""
-    cells = [cell for cell in (Cell(name, seed, method) for method in NAMES) if cell.file(out).exists()]
+    """Figures of all finished cells of a set and seed.
+
+    name: of the set.
+    seed: of features and methods.
+    out: of the comparison.
+    file: of the set's features; None for those of a SimCLR stage.
+    """
+    cells = [Cell(name, seed, method) for method in NAMES]
+    cells = [cell for cell in cells if cell.file(out, ".npz").exists()]
     if not cells:
         return []
-    x, classes = _set(name, seed, out, file)
-    kept = {cell.method: np.load(cell.file(out)) for cell in cells}
-    labels = {method: content["labels"] for method, content in kept.items()}
-    measured = criteria(x, labels, seed=seed)
-    best = {criterion: choose(measured, criterion) for criterion in CRITERIA}
-    return [
-        Result(
-            cell,
-            len(np.unique(labels[cell.method])),
-            float(kept[cell.method]["seconds"]),
-            {score: clustering_scores(labels[cell.method], classes)[score] for score in SCORES},
-            measured[cell.method],
-            {criterion: best[criterion] == cell.method for criterion in CRITERIA},
-        )
-        for cell in cells
-    ]
-
-
-@cache
-def _set(name: str, seed: int, out: Path, file: str | None) -> tuple[np.ndarray, np.ndarray]:
     features, classes = features_of(name, seed, out, file)
-    return features.numpy(), classes
+    contents = {cell.method: np.load(cell.file(out, ".npz")) for cell in cells}
+    labels = {method: content["labels"] for method, content in contents.items()}
+    measured = criteria(features.numpy(), labels, seed=seed)
+    best = {criterion: choose(measured, criterion) for criterion in CRITERIA}
+    rows = []
+    for cell in cells:
+        scores = clustering_scores(labels[cell.method], classes)
+        row = Result(
+            cell=cell,
+            clusters=len(np.unique(labels[cell.method])),
+            seconds=float(contents[cell.method]["seconds"]),
+            scores={score: scores[score] for score in SCORES},
+            criteria=measured[cell.method],
+            chosen={criterion: best[criterion] == cell.method for criterion in CRITERIA},
+        )
+        rows.append(row)
+    return rows
 
 
-def groups(found: Sequence[Result], key: str) -> Iterator[tuple[str, list[Result]]]:
-    """Results by set or by method, in the order in which they come."""
-    for value in dict.fromkeys(getattr(each.cell, key) for each in found):
-        yield value, [each for each in found if getattr(each.cell, key) == value]
+def groups(results: Sequence[Result], key: str) -> Iterator[tuple[str, list[Result]]]:
+    """Results that share a field of their cells, by its value, in the order in which they come.
+
+    results: to group.
+    key: name of a field of `Cell`.
+    """
+    for value in dict.fromkeys(getattr(result.cell, key) for result in results):
+        yield value, [result for result in results if getattr(result.cell, key) == value]
 
 
-def table(found: Sequence[Result], by: str) -> list[str]:
-    """A table for each set; figures are means over seeds."""
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result], by: str) -> list[str]:
+    """Lines of one table for each set; figures are means over seeds.
+
+    results: of all sets and seeds.
+    by: the criterion whose choice gets the star.
+    """
     lines: list[str] = []
-    for name, of_set in groups(found, "data"):
-        seeds = len({each.cell.seed for each in of_set})
+    for name, of_set in groups(results, "data"):
+        seeds = len({result.cell.seed for result in of_set})
+        # "-1" says that a set is whole, and is no part of its name for people.
         lines += ["", f"**{name.removesuffix('-1')}**, {seeds} seed{'s' * (seeds > 1)}", ""]
-        lines += ["| | clusters | ACC | macro ACC | NMI | ARI | s | chosen |", "|" + " --- |" * 8]
+        lines.append("| | clusters | ACC | macro ACC | NMI | ARI | s | chosen |")
+        lines.append(table_rule(8))
         for method, rows in groups(of_set, "method"):
-            figures = [figure([each.scores[score] for each in rows]) for score in SCORES]
-            clusters = f"{statistics.mean(each.clusters for each in rows):.3g}"
-            times = sum(each.chosen[by] for each in rows)
-            star = "★" if times and seeds == 1 else f"★ {times} of {seeds}" if times else ""
-            seconds = f"{statistics.mean(each.seconds for each in rows):.1f}"
-            lines.append(f"| {method} | {clusters} | {' | '.join(figures)} | {seconds} | {star} |")
+            clusters = f"{statistics.mean(row.clusters for row in rows):.3g}"
+            figures = [figure([row.scores[score] for row in rows]) for score in SCORES]
+            seconds = f"{statistics.mean(row.seconds for row in rows):.1f}"
+            star = _star(sum(row.chosen[by] for row in rows), seeds)
+            lines.append(table_row([method, clusters, *figures, seconds, star]))
     return lines
 
 
-def verdicts(found: Sequence[Result]) -> list[str]:
-    """How far behind the best each criterion's choice is, and how it ranks clusterings, over sets and seeds.
+def _star(times: int, seeds: int) -> str:
+    """A star where a clustering was chosen and, of several seeds, in how many of them."""
+    if times == 0:
+        return ""
+    return "★" if seeds == 1 else f"★ {times} of {seeds}"
 
-    Then the same of one method for all sets, where it is there for all.
+
+def verdicts(results: Sequence[Result]) -> list[str]:
+    """Lines of a table: how far each criterion's choice is behind the best, and how it ranks.
+
+    Over all sets and seeds; then the same of one method for all sets, where it is there for all.
     """
+    lines = ["", "| criterion | ACC behind the best | NMI behind the best "]
+    lines[-1] += "| rank correlation with ACC | with NMI |"
+    lines.append(table_rule(5))
+    by_set = [
+        of_seed for _, of_set in groups(results, "data") for _, of_seed in groups(of_set, "seed")
+    ]
+    for criterion in CRITERIA:
+        chosen = [next(row for row in rows if row.chosen[criterion]) for rows in by_set]
+        correlations = [_rank_correlation(by_set, criterion, score) for score in ("acc", "nmi")]
+        lines.append(table_row([criterion, *_behind(by_set, chosen), *correlations]))
+    for method in NAMES:
+        always = [row for rows in by_set for row in rows if row.cell.method == method]
+        if len(always) == len(by_set):
+            behind = " | ".join(_behind(by_set, always))
+            # A method that never looks ranks nothing: no correlations.
+            lines.append(f"| always {method} | {behind} | | |")
+    return lines
+
+
+def _rank_correlation(by_set: Sequence[Sequence[Result]], criterion: str, score: str) -> str:
+    """Spearman's correlation of a criterion with a score over methods, mean over sets and seeds."""
     from scipy.stats import spearmanr
 
-    lines = ["", "| criterion | ACC behind the best | NMI behind the best | rank correlation with ACC | with NMI |"]
-    lines += ["|" + " --- |" * 5]
-    sets = [of_seed for _, of_set in groups(found, "data") for _, of_seed in groups(of_set, "seed")]
-    for criterion in CRITERIA:
-        columns = _behind(sets, [next(each for each in rows if each.chosen[criterion]) for rows in sets])
-        for score in ("acc", "nmi"):
-            pairs = [([r.criteria[criterion] for r in rows], [r.scores[score] for r in rows]) for rows in sets]
-            ranks = [float(spearmanr(*pair).statistic) for pair in pairs if len(pair[0]) > 2]
-            columns.append(f"{np.nanmean(ranks):.2f}" if ranks else "")
-        lines.append(f"| {criterion} | {' | '.join(columns)} |")
-    for method in NAMES:
-        always = [each for rows in sets for each in rows if each.cell.method == method]
-        if len(always) == len(sets):
-            lines.append(f"| always {method} | {' | '.join(_behind(sets, always))} | | |")
-    return lines
+    ranks = []
+    for rows in by_set:
+        # Two methods correlate by 1 or -1, whatever they are.
+        if len(rows) > 2:
+            values = [row.criteria[criterion] for row in rows]
+            scores = [row.scores[score] for row in rows]
+            correlation: Any = spearmanr(values, scores)
+            ranks.append(float(correlation.statistic))
+    # A set whose methods are all equal has no correlation; it is left out of the mean.
+    return f"{np.nanmean(ranks):.2f}" if ranks else ""
 
 
-def _behind(sets: Sequence[Sequence[Result]], chosen: Sequence[Result]) -> list[str]:
-    """Points of ACC and of NMI by which the chosen are behind the best of their sets, in the mean."""
+def _behind(by_set: Sequence[Sequence[Result]], chosen: Sequence[Result]) -> list[str]:
+    """Mean points of ACC and of NMI by which the chosen are behind the best of their sets."""
     columns = []
     for score in ("acc", "nmi"):
-        best = [max(each.scores[score] for each in rows) for rows in sets]
-        columns.append(f"{100 * statistics.mean(top - each.scores[score] for top, each in zip(best, chosen)):.1f}")
+        best = [max(row.scores[score] for row in rows) for rows in by_set]
+        behind = [top - row.scores[score] for top, row in zip(best, chosen)]
+        columns.append(f"{100 * statistics.mean(behind):.1f}")
     return columns
 
 
-def write_csv(path: Path, found: Sequence[Result]) -> None:
-    """One line per cell."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["data", "seed", "method", "clusters", *SCORES, *CRITERIA, "seconds"])
-        for each in found:
-            place = [each.cell.data, each.cell.seed, each.cell.method, each.clusters]
-            figures = [f"{each.scores[score]:.4f}" for score in SCORES]
-            writer.writerow([*place, *figures, *(f"{each.criteria[c]:.4f}" for c in CRITERIA), f"{each.seconds:.2f}"])
+def csv_row(result: Result) -> list[object]:
+    """A line of cells.csv."""
+    cell = result.cell
+    scores = [f"{result.scores[score]:.4f}" for score in SCORES]
+    values = [f"{result.criteria[criterion]:.4f}" for criterion in CRITERIA]
+    seconds = f"{result.seconds:.2f}"
+    return [cell.data, cell.seed, cell.method, result.clusters, *scores, *values, seconds]
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Computes what is missing, then prints everything that is there. A missing package leaves a method out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/clusterers"))
-    parser.add_argument("--features", action="append", default=[], help="NAME=FILE.npz, with labels")
+    """Computes what is missing, then prints all cells of the sets, seeds and methods asked for.
+
+    A missing package leaves a method out.
+    """
+    parser = comparison_parser(__doc__, "outputs/clusterers")
     parser.add_argument("--sets", nargs="+", help="the sets to look at; all if not given")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--by", choices=CRITERIA, default=DEFAULT)
-    asked = parser.parse_args(arguments)
-    files: dict[str, str] = dict(word.split("=", 1) for word in asked.features)
-    found: list[Result] = []
-    for name in asked.sets or [*SETS, *files]:
-        for seed in asked.seeds:
-            for method in asked.methods:
-                cell = Cell(name, seed, method)
-                if not cell.file(asked.out).exists():
-                    x, classes = _set(name, seed, asked.out, files.get(name))
-                    try:
-                        compute(cell, x, len(np.unique(classes)), asked.out)
-                    except UserError as error:
-                        print(f"{cell} is left out: {error}", file=sys.stderr)
-            found += results(name, seed, asked.out, files.get(name))
-    if found:
-        text = "\n".join([*table(found, asked.by), *verdicts(found), ""]).lstrip()
-        write_csv(asked.out / "cells.csv", found)
-        write_atomic(asked.out / "table.md", text)
-        print(text)
+    options = parser.parse_args(arguments)
+    files = named_files(options.features)
+    rows: list[Result] = []
+    for name in options.sets or [*SETS, *files]:
+        for seed in options.seeds:
+            compute_missing(name, seed, options.methods, options.out, files.get(name))
+            rows += results(name, seed, options.out, files.get(name))
+    if rows:
+        columns = ["data", "seed", "method", "clusters", *SCORES, *CRITERIA, "seconds"]
+        write_csv(options.out / "cells.csv", columns, map(csv_row, rows))
+        text = "\n".join([*table(rows, options.by), *verdicts(rows), ""]).lstrip()
+        publish(options.out / "table.md", text)
     return 0
+
+
+def compute_missing(
+    name: str,
+    seed: int,
+    methods: Sequence[str],
+    out: Path,
+    file: str | None,
+) -> None:
+    """Computes the cells of a set and seed that are not there yet.
+
+    name: of the set.
+    seed: of features and methods.
+    methods: of `NAMES`.
+    out: of the comparison.
+    file: of the set's features; None for those of a SimCLR stage.
+    """
+    for method in methods:
+        cell = Cell(name, seed, method)
+        if cell.file(out, ".npz").exists():
+            continue
+        features, classes = features_of(name, seed, out, file)
+        try:
+            compute(cell, features.numpy(), len(np.unique(classes)), out)
+        except UserError as error:
+            print(f"{cell} is left out: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The script that compares heads: what it runs, what it reads again, what it writes."""
+"""The comparison of heads: what it runs, what it reads again, what it writes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import heads
-from deepclust.config import load
+from deepclust.config import load, options
 
 
 @pytest.fixture
-def script():
-    return heads
+def started(monkeypatch):
+    """The words of every run that was started; runs take no time, and seed s has 90 + s per cent.
 
-
-@pytest.fixture
-def fake(script, monkeypatch):
-    """Runs that take no time: seed s has 90 + s per cent. `simclr` has no clusters of its own, `scan` fails."""
+    `simclr` has no clusters of its own, `scan` fails.
+    """
     started = []
 
     def run(command, **_):
@@ -31,80 +29,80 @@ def fake(script, monkeypatch):
         if words["head"] == "scan":
             return SimpleNamespace(returncode=2, stderr="scan: no\nmore", stdout="")
         value = 0.9 + int(words["seed"]) / 100
-        stage = {"acc": value, "nmi": value, "ari": value, "knn_probe": 0.5, "linear_probe": 0.25, "seconds": 10.0}
+        stage = {"acc": value, "nmi": value, "ari": value, "knn_probe": 0.5, "linear_probe": 0.25}
+        stage |= {"seconds": 10.0}
         stage |= {"reads": "k-means"} if words["head"] == "simclr" else {}
-        summary = {"num_images": 100, "stages": {"main": stage}, "baselines": {"kmeans": {"acc": 0.8, "nmi": 0.7}}}
+        kmeans = {"acc": 0.8, "nmi": 0.7}
+        summary = {"num_images": 100, "stages": {"main": stage}, "baselines": {"kmeans": kmeans}}
         folder = Path(words["run.dir"])
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "status.json").write_text(json.dumps({"state": "finished"}))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(heads.subprocess, "run", run)
     return started
 
 
-def test_every_head_of_the_configuration_is_run_and_its_words_are_valid(script, fake, tmp_path):
-    from deepclust.config import options
-
-    assert script.main(["--seeds", "1", "--out", str(tmp_path), "backbone.width=8"]) == 1
-    assert [words["head"] for words in fake] == sorted(name for name, _ in options("head"))
-    for words in fake:
+def test_every_head_of_the_configuration_is_run_and_its_words_are_valid(started, tmp_path):
+    assert heads.main(["--seeds", "1", "--out", str(tmp_path), "backbone.width=8"]) == 1
+    assert [words["head"] for words in started] == sorted(name for name, _ in options("head"))
+    for words in started:
         load([f"{key}={value}" for key, value in words.items()])
 
 
-def test_the_table_the_csv_and_the_readme(script, fake, tmp_path, capsys):
+def test_the_table_the_csv_and_the_readme(started, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    words = ["--heads", "simclr,swav,scan", "--budget", "250", "--out", str(tmp_path / "out"), "--readme", str(readme)]
-    assert script.main([*words, "--write-readme"]) == 1
+    readme.write_text(f"before\n{heads.BEGIN}\nold\n{heads.END}\nafter\n")
+    words = ["--heads", "simclr,swav,scan", "--budget", "250", "--out", str(tmp_path / "out")]
+    words += ["--readme", str(readme)]
+    assert heads.main([*words, "--write-readme"]) == 1
     shown = capsys.readouterr().out
-    assert "| simclr | – | – | – | 80.0 (80.0–80.0) | 70.0 (70.0–70.0) | – | 50.0 (50.0–50.0) |" in shown
-    assert "| swav | 91.0 (90.0–92.0) | 91.0 (90.0–92.0) |" in shown and shown.rstrip().endswith(
-        "scan failed: scan: no"
-    )
+    row = "| simclr | – | – | – | 80.0 (80.0–80.0) | 70.0 (70.0–70.0) | – | 50.0 (50.0–50.0) |"
+    assert row in shown
+    assert "| swav | 91.0 (90.0–92.0) | 91.0 (90.0–92.0) |" in shown
+    assert shown.rstrip().endswith("scan failed: scan: no")
     assert "| 10 (10–10) | 20 |" in shown  # 2 passes of 100 images in 10 s
     assert (tmp_path / "out/compare.md").read_text() == shown
     with open(tmp_path / "out/compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["head"], row["seed"]) for row in rows] == [(h, str(s)) for h in ("simclr", "swav") for s in range(3)]
+    runs = [(row["head"], row["seed"]) for row in rows]
+    assert runs == [(head, str(seed)) for head in ("simclr", "swav") for seed in range(3)]
     assert rows[3]["acc"] == "0.9" and rows[0]["acc"] == ""
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and shown.strip() in text
-    assert "`python -m benchmarks.quality.heads --heads simclr,swav,scan --budget 250" in text and "median of 3" in text
-    script.main([*words, "--write-readme"])
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "old" not in text and shown.strip() in text
+    assert "`python -m benchmarks.quality.heads --heads simclr,swav,scan --budget 250" in text
+    assert "median of 3" in text and "--write-readme" not in text
+    heads.main([*words, "--write-readme"])
     assert readme.read_text() == text
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="add the two lines"):
-        script.main([*words, "--write-readme"])
+        heads.main([*words, "--write-readme"])
 
 
-def test_finished_runs_are_read_stopped_ones_go_on_and_changed_ones_start_over(script, fake, tmp_path):
+def test_the_committed_table_stands_between_markers_of_the_page_that_is_written():
+    text = heads.PAGE.read_text(encoding="utf-8")
+    assert heads.BEGIN in text and heads.END in text
+
+
+def test_finished_runs_are_read_stopped_ones_go_on_and_changed_ones_start_over(started, tmp_path):
     words = ["--heads", "swav", "--seeds", "2", "--out", str(tmp_path)]
-    assert script.main(words) == 0 and len(fake) == 2
-    assert script.main([*words, "--statistic", "mean"]) == 0 and len(fake) == 2
+    assert heads.main(words) == 0 and len(started) == 2
+    assert heads.main([*words, "--statistic", "mean"]) == 0 and len(started) == 2
     assert "90.5 ± 0.7" in (tmp_path / "compare.md").read_text()
     (tmp_path / "digits-swav-1/status.json").write_text(json.dumps({"state": "preempted"}))
-    script.main(words)
-    assert [words["seed"] for words in fake] == ["0", "1", "1"] and "run.new" not in fake[-1]
-    script.main([*words, "--budget", "100"])
-    assert len(fake) == 5 and fake[-1]["run.new"] == "true"
+    heads.main(words)
+    assert [words["seed"] for words in started] == ["0", "1", "1"]
+    assert "run.new" not in started[-1]
+    heads.main([*words, "--budget", "100"])
+    assert len(started) == 5 and started[-1]["run.new"] == "true"
 
 
 def test_a_real_run(tmp_path):
-    small = ["backbone.width=8", "trainer.num_workers=0", "trainer.num_threads=1", "eval.probes=false"]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.quality.heads",
-        "--heads",
-        "moco",
-        "--seeds",
-        "1",
-        "--budget",
-        "1797",
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run([*command, *small], cwd=heads.ROOT, capture_output=True, text=True)
+    words = ["--heads", "moco", "--seeds", "1", "--budget", "1797", "--out", str(tmp_path)]
+    words += ["backbone.width=8", "trainer.num_workers=0", "trainer.num_threads=1"]
+    words += ["eval.probes=false"]
+    command = [sys.executable, "-m", "benchmarks.quality.heads", *words]
+    done = subprocess.run(command, cwd=heads.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2].startswith("| moco | – | – | – |")

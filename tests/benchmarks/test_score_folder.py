@@ -1,4 +1,4 @@
-"""A toy run's scores whose clusters are its classes."""
+"""Scores of a toy run whose clusters are its classes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def test_clusters_that_are_the_classes_score_full_and_merged_ones_less(
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x.numpy()[derived.landmarks].astype(np.float16)
     trust = np.ones(len(x), dtype=np.float32)
-    Landmarks(derived.rows[derived.landmarks], x, trust, derived.basis.numpy()).save(run.path)
-    found = score_folder.scores_of(run)
-    assert found["acc"] == found["macro_acc"] == 1 and found["nmi"] == pytest.approx(1)
+    rows = derived.rows[derived.landmarks]
+    Landmarks(rows, x, trust, derived.basis.numpy()).save(run.path)
+    scores = score_folder.scores_of(run)
+    assert scores["acc"] == scores["macro_acc"] == 1 and scores["nmi"] == pytest.approx(1)
     state = run.state()
-    run.history.push("merge", relabelled(state, np.where(state.cluster == 2, 0, state.cluster)))
+    merged = np.where(state.cluster == 2, 0, state.cluster)
+    run.history.push("merge", relabelled(state, merged))
     assert 0.5 < score_folder.scores_of(run)["acc"] < 0.8
     assert score_folder.main([str(run.path)]) == 0 and "ece" in capsys.readouterr().out
