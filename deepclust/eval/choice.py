@@ -1,7 +1,7 @@
 """Criteria for choosing among several clusterings of the same features, where nobody has labels.
 
 Every criterion is larger for the better clustering. How well each chooses on sets that have labels
-is measured by `scripts/compare_clusterers.py`. None chooses better than somebody who always takes
+is measured by `benchmarks/quality/clusterers.py`. None chooses better than somebody who always takes
 `diffusion`: of 20 sets and subsets, each clustered by diffusion, spectral, spherical k-means and
 Ward, that costs 1.1 points of accuracy against the best of the four; the mean rank costs 1.2,
 consensus 1.4, neighbour agreement 2.8, silhouette 2.9, self-prediction 3.6. So the default is a

@@ -11,7 +11,7 @@ and Walther (2005); the last within 0.05. They take the worst cluster, we the me
 clusters would decide.
 
 The number is the median of the votes on a logarithmic scale, peaks counted twice. How near it comes on sets that have
-labels, and how often `low` to `high` holds the truth, is measured by `scripts/compare_numbers.py`.
+labels, and how often `low` to `high` holds the truth, is measured by `benchmarks/quality/num_clusters.py`.
 """
 
 from __future__ import annotations

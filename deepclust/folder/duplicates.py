@@ -27,7 +27,7 @@ from deepclust.data.perceptual import BITS, hash_bits
 
 SIMILARITY = 0.85
 DIFFERING = 12
-"""Chosen on altered copies of clothing photos by `scripts/bench_duplicates.py`, which prints what others would find."""
+"""Chosen on altered copies of clothing photos by `benchmarks/quality/duplicates.py`, which prints what others would find."""
 STRICTER = 0.6
 """Share of what cosines may lack of 1 that is gone at the last bit that may differ."""
 USUAL = 0.76

@@ -10,7 +10,7 @@ biharmonic distance (Lipman et al. 2010).
     -> clusters matched one-to-one -> votes -> votes smoothed by a walk of a few steps
 
 Powers, number of components and graphs were settled with labels of clothing photos, digits and
-Fashion-MNIST in view; `scripts/compare_clusterers.py` measures.
+Fashion-MNIST in view; `benchmarks/quality/clusterers.py` measures.
 """
 
 from __future__ import annotations

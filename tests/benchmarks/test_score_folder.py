@@ -1,21 +1,17 @@
-"""scripts/score_folder.py on a toy run whose clusters are its classes."""
+"""Scores of a toy run whose clusters are its classes."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.quality import score_folder
 from deepclust.folder.derived import Derived
 from deepclust.folder.state import relabelled
 from deepclust.folder.votes import FILE, Landmarks
 from tests.folder.toys import toy_run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import score_folder
 
 
 def test_clusters_that_are_the_classes_score_full_and_merged_ones_less(
@@ -25,10 +21,12 @@ def test_clusters_that_are_the_classes_score_full_and_merged_ones_less(
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x.numpy()[derived.landmarks].astype(np.float16)
     trust = np.ones(len(x), dtype=np.float32)
-    Landmarks(derived.rows[derived.landmarks], x, trust, derived.basis.numpy()).save(run.path / FILE)
-    found = score_folder.scores_of(run)
-    assert found["acc"] == found["macro_acc"] == 1 and found["nmi"] == pytest.approx(1)
+    rows = derived.rows[derived.landmarks]
+    Landmarks(rows, x, trust, derived.basis.numpy()).save(run.path / FILE)
+    scores = score_folder.scores_of(run)
+    assert scores["acc"] == scores["macro_acc"] == 1 and scores["nmi"] == pytest.approx(1)
     state = run.state()
-    run.history.push("merge", relabelled(state, np.where(state.cluster == 2, 0, state.cluster)))
+    merged = np.where(state.cluster == 2, 0, state.cluster)
+    run.history.push("merge", relabelled(state, merged))
     assert 0.5 < score_folder.scores_of(run)["acc"] < 0.8
     assert score_folder.main([str(run.path)]) == 0 and "ece" in capsys.readouterr().out

@@ -1,4 +1,8 @@
-"""Training steps of lightly beside ours: the same network, views, batch and optimiser, its own loss and loader."""
+"""lightly's training loop, for `benchmarks.speed.train`: its own loss, transforms and loader.
+
+It shares with ours the network, its first weights, the parameters of the views, the batch and the
+optimiser. It needs lightly (extra `bench`) and has no command of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightly import loss as losses
-from lightly import transforms
-from lightly.models.modules.heads import SwaVPrototypes
+from lightly import loss as losses  # pyright: ignore[reportMissingImports]
+from lightly import transforms  # pyright: ignore[reportMissingImports]
+from lightly.models.modules.heads import SwaVPrototypes  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -20,10 +24,11 @@ from deepclust.precision import autocast
 
 
 class Pictures(Dataset):
-    """PIL images through a transform, as lightly's data sets give them: (views, label)."""
+    """PIL images through a transform, as lightly's data sets give them: a list of views each."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Any], list[Tensor]]) -> None:
         assert images.images is not None
+        # Converted once, before any step is timed.
         self.pictures = [v2.functional.to_pil_image(image) for image in images.images]
         self.transform = transform
 
@@ -35,10 +40,15 @@ class Pictures(Dataset):
 
 
 class Lightly:
-    """lightly's loop for SimCLR or SwAV as its documentation writes it, in this process, one step per call of `step`.
+    """lightly's loop for SimCLR or SwAV as its documentation writes it, one step per `step()`.
 
-    `dtype`: autocast, None for float32 and the usual memory layout, as in its documentation; with a dtype the layout is
-    that of our trainer, too.
+    method: `simclr` or `swav`.
+    backbone, projector: copied, so that both contestants begin with the same weights.
+    images: of one size, in memory.
+    batch_size: images of a step.
+    num_prototypes: of SwAV.
+    dtype: of autocast, with our trainer's memory layout; None for float32 and torch's usual layout,
+        as in its documentation.
     """
 
     def __init__(
@@ -49,20 +59,30 @@ class Lightly:
         images: ImageSet,
         batch_size: int,
         num_prototypes: int,
-        dtype: Any,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.method, self.dtype = method, dtype
-        self.backbone, self.projector = copy.deepcopy(backbone), copy.deepcopy(projector)
+        self.method = method
+        self.dtype = dtype
+        self.backbone = copy.deepcopy(backbone)
+        self.projector = copy.deepcopy(projector)
         if dtype is not None:
             self.backbone.to(memory_format=torch.channels_last)
         modules: list[nn.Module] = [self.backbone, self.projector]
+        self.loss: Any
         if method == "swav":
+            # 64: the dimension of our projector's embeddings.
             self.prototypes = SwaVPrototypes(64, num_prototypes)
             modules.append(self.prototypes)
-        self.loss: Any = losses.SwaVLoss() if method == "swav" else losses.NTXentLoss(temperature=0.3)
-        self.optimizer = torch.optim.AdamW(itertools.chain(*(module.parameters() for module in modules)), lr=1e-3)
+            self.loss = losses.SwaVLoss()
+        else:
+            self.loss = losses.NTXentLoss(temperature=0.3)
+        parameters = itertools.chain(*(module.parameters() for module in modules))
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-3)
         data = Pictures(images, views_like_ours(method, images))
-        self.loader = DataLoader(data, batch_size=batch_size, shuffle=True, drop_last=True, num_workers=0)
+        # No workers: their CPU time would not count as this process's.
+        self.loader = DataLoader(
+            data, batch_size=batch_size, shuffle=True, drop_last=True, num_workers=0
+        )
         self.batches = self._forever()
 
     def _forever(self) -> Iterator[list[Tensor]]:
@@ -70,13 +90,14 @@ class Lightly:
             yield from self.loader
 
     def step(self) -> None:
-        """One batch: load, augment, forward, loss, backward, update."""
+        """Trains on one batch: load, augment, forward, loss, backward, update."""
         views = next(self.batches)
         if self.method == "swav":
             self.prototypes.normalize()
         embeddings = [self.projector(self.features(view)) for view in views]
         if self.method == "swav":
-            high = [self.prototypes(nn.functional.normalize(embedding, dim=1)) for embedding in embeddings]
+            high = [self.prototypes(nn.functional.normalize(each, dim=1)) for each in embeddings]
+            # No small crops: ours has two views of the whole size as well.
             value = self.loss(high, [])
         else:
             value = self.loss(*embeddings)
@@ -85,7 +106,7 @@ class Lightly:
         self.optimizer.zero_grad()
 
     def features(self, view: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, D) float32."""
+        """(B, D) float32 features of a view (B, C, H, W)."""
         if self.dtype is not None:
             view = view.contiguous(memory_format=torch.channels_last)
         with autocast(view.device, self.dtype):
@@ -93,11 +114,12 @@ class Lightly:
 
 
 def views_like_ours(method: str, images: ImageSet) -> Callable[[Any], list[Tensor]]:
-    """lightly's transform with the parameters of `bench_train.VIEW`."""
+    """lightly's transform for a method, with the parameters of `contestants.VIEW`."""
     color = images.channels == 3
     options: dict[str, Any] = {
         "cj_bright": 0.4,
         "cj_contrast": 0.4,
+        # Grey images have neither saturation nor hue to change.
         "cj_sat": 0.4 if color else 0.0,
         "cj_hue": 0.1 if color else 0.0,
         "random_gray_scale": 0.2 if color else 0.0,
@@ -106,7 +128,11 @@ def views_like_ours(method: str, images: ImageSet) -> Callable[[Any], list[Tenso
     }
     side = images.size[0]
     if method == "swav":
-        crops: dict[str, Any] = {"crop_sizes": (side,), "crop_counts": (2,)}
-        scales: dict[str, Any] = {"crop_min_scales": (0.2,), "crop_max_scales": (1.0,)}
-        return transforms.SwaVTransform(**crops, **scales, **options)
+        return transforms.SwaVTransform(
+            crop_sizes=(side,),
+            crop_counts=(2,),
+            crop_min_scales=(0.2,),
+            crop_max_scales=(1.0,),
+            **options,
+        )
     return transforms.SimCLRTransform(input_size=side, min_scale=0.2, **options)
