@@ -1,6 +1,7 @@
-"""Classical clusterings of the very features a head was trained on: what deep clustering has to beat.
+"""Classical clusterings of the features a head was trained on: what deep clustering has to beat.
 
-All of them see the same rows, L2-normalised, and no labels; the methods are those of `deepclust.clusterers`.
+All of them see the same rows, L2-normalised, and no labels; the methods are those of
+`deepclust.clusterers`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from deepclust.errors import UserError
 from deepclust.eval.label_free import as_array, sample_rows
 
 NAMES = ("kmeans", "gmm", "spectral", "tsne_gmm", "pixels")
+"""Baselines; `pixels` is k-means of the images themselves."""
 
 
 @dataclass
 class Baselines:
-    """What came out. index: (n,) int64, the rows clustered, ascending. labels: name to (n,) int64 clusters, None where
-    a baseline failed. reasons: name to why it failed, one line. seconds: name to wall time."""
+    """Clusterings by the baselines, by name."""
 
     index: np.ndarray
+    """(n,) int64, the rows that were clustered, ascending."""
     labels: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """(n,) int64 clusters, None where a baseline failed."""
     reasons: dict[str, str] = field(default_factory=dict)
+    """Why a baseline failed, one line."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time."""
 
 
 def baselines(
@@ -39,11 +44,21 @@ def baselines(
     seed: int = 0,
     max_samples: int = 5000,
 ) -> Baselines:
-    """Clusters at most `max_samples` rows, drawn by `seed`, with each baseline asked for.
+    """Clusterings of the features by each baseline asked for.
 
-    features: (N, D), tensor or array. which: `all`, `none` or names out of `NAMES`. pixels: (N, P) raw values of the
-    same rows, or None. A baseline that fails is None with a reason; it never ends the run.
-    Raises UserError on a name that is no baseline.
+    A baseline that fails gives None and a reason; it never ends the run.
+
+    Args:
+        features: (N, D), tensor or array.
+        num_clusters: K.
+        which: "all", "none" or names out of `NAMES`.
+        pixels: (N, ...) raw values of the same rows, or None.
+        seed: of the draw and of the methods.
+        max_samples: rows that are clustered; of more, so many are drawn, as the cost of some
+            methods grows faster than the number of rows.
+
+    Raises:
+        UserError: a name that is no baseline.
     """
     names = chosen(which)
     index = sample_rows(len(features), max_samples, seed)
@@ -51,7 +66,9 @@ def baselines(
     if not names:
         return result
     x = as_array(features[index]).astype(np.float32)
-    raw = None if pixels is None else as_array(pixels[index]).reshape(len(index), -1).astype(np.float32)
+    raw = None
+    if pixels is not None:
+        raw = as_array(pixels[index]).reshape(len(index), -1).astype(np.float32)
     for name in names:
         start = time.perf_counter()
         try:
@@ -60,8 +77,11 @@ def baselines(
             elif raw is None:
                 raise ValueError("there are no pixels in memory")
             else:
-                result.labels[name] = cluster("kmeans", raw, num_clusters, seed=seed, normalize=False).labels
-        except Exception as error:  # whatever a library raises: a baseline is a comparison, not the run
+                # Not of length one: how bright an image is would be lost.
+                clustering = cluster("kmeans", raw, num_clusters, seed=seed, normalize=False)
+                result.labels[name] = clustering.labels
+        # Whatever a library raises: a baseline is a comparison, not the run.
+        except Exception as error:
             result.labels[name] = None
             result.reasons[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
         result.seconds[name] = time.perf_counter() - start
@@ -69,10 +89,12 @@ def baselines(
 
 
 def chosen(which: str | Sequence[str]) -> list[str]:
-    """The names that `eval.baselines` asks for. Raises UserError on an unknown one."""
+    """Names of the baselines that `which` stands for. Raises UserError for an unknown one."""
     if isinstance(which, str):
         which = {"all": NAMES, "none": ()}.get(which, (which,))
     for name in which:
         if name not in NAMES:
-            raise UserError(f"eval.baselines={name}: choose all, none or a list of {', '.join(NAMES)}")
+            raise UserError(
+                f"eval.baselines={name}: choose all, none or a list of {', '.join(NAMES)}"
+            )
     return list(which)
