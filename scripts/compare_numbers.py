@@ -34,7 +34,7 @@ from compare_imbalanced import features_of
 from deepclust.clusterers import cluster
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
-from deepclust.eval.number import CRITERIA, estimate_number
+from deepclust.eval.number import CRITERIA, estimate_num_clusters
 from deepclust.run_folder import write_atomic
 
 SETS = ("clothing", "digits", "digits-simclr", "fashion-lite0", "fashion-simclr")
@@ -129,7 +129,7 @@ def blobs(num_clusters: int, equal: bool, draw: int) -> tuple[np.ndarray, np.nda
 def ours(x: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     """The estimate, and the default clustering at it."""
     began = time.process_time()
-    found = estimate_number(x)
+    found = estimate_num_clusters(x)
     facts = {name: getattr(found, name) for name in ("k", "low", "high", "sure", "statement", "votes")}
     facts["estimate_seconds"] = time.process_time() - began
     return cluster("diffusion", x, found.k).labels, facts

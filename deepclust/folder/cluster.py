@@ -261,10 +261,10 @@ def _find(wanted: Wanted, derived: Derived, watch: Stopwatch, console: ConsoleLo
     number, num_clusters = None, wanted.num_clusters
     if num_clusters is None:
         console.message("number of clusters ...")
-        from deepclust.eval.number import estimate_number
+        from deepclust.eval.number import estimate_num_clusters
 
         with watch("number"):
-            estimate = estimate_number(x, seed=wanted.seed)
+            estimate = estimate_num_clusters(x, seed=wanted.seed)
         num_clusters, number = max(2, estimate.k), asdict(estimate)
         console.message(estimate.statement)
     clusterings, choice = {}, {}
