@@ -27,7 +27,7 @@ from deepclust.report.plots import metric_curves
 from deepclust.report.reliability import trust_table, trust_words
 from deepclust.run_folder import RunFolder
 from deepclust.settings import EvalSettings
-from deepclust.trust import SecondOpinions, ask, trust
+from deepclust.trust import Reference, confidence_report, reference_clusterings
 
 SCORES = ("acc", "nmi", "ari")
 
@@ -61,7 +61,7 @@ class Ground:
     """What the first stage's features give to measure every stage by: neighbours (N, k) and independent clusterings."""
 
     graph: np.ndarray
-    opinions: SecondOpinions | None
+    reference: Reference | None
 
 
 def predict_split(network: Network, features: torch.Tensor, rows: torch.Tensor) -> Split:
@@ -83,8 +83,8 @@ def neighbor_graph(features: np.ndarray, num_neighbors: int) -> np.ndarray:
 
 def ground_of(features: np.ndarray, num_clusters: int, settings: EvalSettings) -> Ground:
     """What the first stage's features (N, D) give to measure every stage by."""
-    opinions = ask(features, num_clusters) if settings.calibration else None
-    return Ground(neighbor_graph(features, settings.graph_neighbors), opinions)
+    reference = reference_clusterings(features, num_clusters) if settings.calibration else None
+    return Ground(neighbor_graph(features, settings.graph_neighbors), reference)
 
 
 def score_stage(
@@ -115,9 +115,9 @@ def score_stage(
     )
     scores.update(_labelled_scores(result.train, data.train, None))
     classes = _classes(data.train, result.train)
-    if same_rows and ground.opinions is not None:
+    if same_rows and ground.reference is not None:
         scores["calibration"] = _plain(
-            trust(result.network, result.train.features, classes, ground.opinions, num_clusters)
+            confidence_report(result.network, result.train.features, classes, ground.reference, num_clusters)
         )
     if classes is not None and settings.probes:
         scores["knn_probe"] = knn_probe(result.train.features, classes)

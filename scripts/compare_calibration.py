@@ -35,7 +35,7 @@ from deepclust.model import Network, build_network
 from deepclust.recipe import train
 from deepclust.settings import OptimSettings, TrainerSettings
 from deepclust.trainer import Trainer
-from deepclust.trust import SecondOpinions, ask, trust
+from deepclust.trust import Reference, confidence_report, reference_clusterings
 
 QUIET = ("eval.baselines=none", "eval.probes=false", "trainer.num_threads=1")
 SCORES = ("acc", "confidence", "ece", "adaptive_ece", "brier", "nll", "auroc", "aurc")
@@ -62,7 +62,7 @@ class Start:
     augment: dict[str, Any]
     pretext: Network
     scan: Network
-    second: SecondOpinions
+    reference: Reference
     num_clusters: int
     seed: int
 
@@ -85,8 +85,8 @@ def start_of(data: str, seed: int, out: Path) -> Start:
     augment = config.stages[names[-1]].augment
     first = Trainer(networks[0].backbone, networks[0].head, images, _views(augment, images, networks[0].head))
     number = config.num_clusters or int(images.classes.max()) + 1  # pyright: ignore[reportOptionalMemberAccess]
-    second = ask(first.features()[0].numpy(), number)
-    return Start(images, augment, networks[0], networks[-1], second, number, seed)
+    reference = reference_clusterings(first.features()[0].numpy(), number)
+    return Start(images, augment, networks[0], networks[-1], reference, number, seed)
 
 
 def _recipe_head(stage: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def measure(
     seconds = time.process_time() - began
     features, rows = trainer.features()
     classes = None if start.images.classes is None else start.images.classes[rows.numpy()]
-    found = trust(trainer.evaluated, features.numpy(), classes, start.second, start.num_clusters)
+    found = confidence_report(trainer.evaluated, features.numpy(), classes, start.reference, start.num_clusters)
     figures = {name: {key: scores[key] for key in SCORES} for name, scores in found["scores"].items()}
     figures["predicted"] |= {f"estimated_{key}": found["estimate"][key] for key in ESTIMATES}
     figures["predicted"]["seconds"] = seconds
