@@ -28,7 +28,7 @@ from deepclust.report.plots import metric_curves
 from deepclust.report.reliability import trust_table, trust_words
 from deepclust.run_folder import RunFolder
 from deepclust.settings import EvalSettings
-from deepclust.trust import SecondOpinions, ask, trust
+from deepclust.trust import Reference, confidence_report, reference_clusterings
 
 SCORES = ("acc", "nmi", "ari")
 
@@ -65,7 +65,7 @@ class Ground:
     """
 
     graph: np.ndarray | None
-    opinions: SecondOpinions | None
+    reference: Reference | None
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,11 +91,11 @@ def ground_of(
 ) -> Ground:
     """What the first stage's features (N, D) give to measure every stage by. tell: is given what is missing."""
     estimates = Estimates(tell, "what stages are compared by")
-    opinions = None
+    reference = None
     if settings.calibration:
-        opinions = estimates("calibration", lambda: ask(features, num_clusters))
+        reference = estimates("calibration", lambda: reference_clusterings(features, num_clusters))
     graph = estimates("neighbor_agreement", lambda: neighbor_graph(features, settings.graph_neighbors))
-    return Ground(graph, opinions, estimates.missing)
+    return Ground(graph, reference, estimates.missing)
 
 
 def score_stage(
@@ -117,11 +117,11 @@ def score_stage(
     scores.update(_label_free_scores(result, before, ground, num_clusters, estimates))
     classes = _classes(data.train, result.train)
     scores.update(_labelled_scores(result.train, data.train, None, estimates))
-    if ground.opinions is not None and _fits(ground, first, result):
-        opinions = ground.opinions
+    if ground.reference is not None and _fits(ground, first, result):
+        reference = ground.reference
         scores["calibration"] = estimates(
             "calibration",
-            lambda: _plain(trust(result.network, result.train.features, classes, opinions, num_clusters)),
+            lambda: _plain(confidence_report(result.network, result.train.features, classes, reference, num_clusters)),
         )
     if classes is not None and settings.probes:
         scores["knn_probe"] = estimates("knn_probe", lambda: knn_probe(result.train.features, classes))
@@ -144,8 +144,10 @@ def _label_free_scores(
     scores: dict[str, Any] = label_free_scores(split.clusters, num_clusters, confidence=split.confidence)
     scores["silhouette"] = estimates("silhouette", lambda: silhouette(split.features, split.clusters))
     if graph is not None and len(graph) == len(split.clusters):
+        clusters = torch.from_numpy(split.clusters)
+        neighbors = torch.from_numpy(graph)
         scores["neighbor_agreement"] = estimates(
-            "neighbor_agreement", lambda: neighbor_agreement(split.clusters, graph)
+            "neighbor_agreement", lambda: float(neighbor_agreement(clusters, neighbors))
         )
     previous = None if before is None else before.train.clusters
     if previous is not None and len(previous) == len(split.clusters):

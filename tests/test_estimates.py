@@ -15,7 +15,7 @@ from deepclust.cli import main
 from deepclust.errors import UserError
 from deepclust.estimates import Estimates
 from deepclust.eval import number
-from deepclust.eval.number import CRITERIA, estimate_number
+from deepclust.eval.number import CRITERIA, estimate_num_clusters
 from deepclust.folder.derived import Derived
 from deepclust.folder.run import FolderRun
 from deepclust.run_folder import NotWritten
@@ -145,7 +145,7 @@ FOLDER = {
     "near-duplicates": "folder.derived.near_duplicates",
     "map": "folder.derived.embed",
     "outliers": "folder.derived.Derived._outliers",
-    "number": "folder.find.estimate_number",
+    "number": "folder.find.estimate_num_clusters",
     "confidence": "folder.find.trust_in",
     "criteria": "folder.find.criteria",
 }
@@ -227,7 +227,7 @@ def blobs() -> np.ndarray:
 @pytest.mark.parametrize("part", list(PARTS))
 def test_a_criterion_that_fails_has_no_vote_and_the_others_decide(monkeypatch, part):
     monkeypatch.setattr(number, part, fail)
-    found = estimate_number(blobs())
+    found = estimate_num_clusters(blobs())
     assert sorted(found.missing) == sorted(PARTS[part])
     assert list(found.votes) == list(found.curves) == [name for name in CRITERIA if name not in PARTS[part]]
     assert found.k == 4 and found.low <= 4 <= found.high and found.sure != "clear"
@@ -238,4 +238,4 @@ def test_without_any_criterion_there_is_no_number(monkeypatch):
     for part in PARTS:
         monkeypatch.setattr(number, part, fail)
     with pytest.raises(RuntimeError, match=r"no criterion could be computed: peaks: LinAlgError"):
-        estimate_number(blobs())
+        estimate_num_clusters(blobs())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from deepclust.heads.kmeans import KMeansHead
 from deepclust.model import Clusterer, Network
 from deepclust.recipe import train
 from deepclust.report.reliability import reliability_section, trust_table, trust_words
-from deepclust.trust import ask, trust
+from deepclust.trust import confidence_report, reference_clusterings
 from tests.runs import SMALL, pixels, small_data, small_run
 
 
@@ -43,10 +44,14 @@ def network(kind: type[KMeansHead], features: np.ndarray) -> Network:
     return Network(nn.Identity(), head)
 
 
+def report(net: Network, features: np.ndarray, classes: np.ndarray | None) -> dict[str, Any]:
+    return confidence_report(net, features, classes, reference_clusterings(features, 4), 4)
+
+
 def test_without_a_calibration_the_variants_are_three():
     features, classes = blobs()
     net = network(KMeansHead, features)
-    found = trust(net, features, classes, ask(features, 4), 4)
+    found = report(net, features, classes)
     assert list(found["scores"]) == ["predicted", "temperature", "constant"]
     with torch.no_grad():
         expected = calibration_scores(net.head.predict(torch.from_numpy(features)), classes)
@@ -61,18 +66,18 @@ def test_without_a_calibration_the_variants_are_three():
 
 def test_a_calibrating_head_is_shown_beside_what_it_calibrates():
     features, classes = blobs()
-    found = trust(network(Sharp, features), features, classes, ask(features, 4), 4)
+    found = report(network(Sharp, features), features, classes)
     assert list(found["scores"]) == ["predicted", "uncalibrated", "temperature", "constant"]
     assert found["scores"]["predicted"]["confidence"] < found["scores"]["uncalibrated"]["confidence"]
-    raw = trust(network(KMeansHead, features), features, classes, ask(features, 4), 4)
+    raw = report(network(KMeansHead, features), features, classes)
     assert found["scores"]["uncalibrated"] == raw["scores"]["predicted"]
     assert found["scores"]["temperature"] == raw["scores"]["temperature"]
 
 
 def test_without_labels_there_is_an_estimate_and_no_score():
     features, classes = blobs()
-    with_labels = trust(network(KMeansHead, features), features, classes, ask(features, 4), 4)
-    found = trust(network(KMeansHead, features), features, None, ask(features, 4), 4)
+    with_labels = report(network(KMeansHead, features), features, classes)
+    found = report(network(KMeansHead, features), features, None)
     assert found["scores"] == {} and set(found["estimate"]) == {"accuracy", "ece", "temperature"}
     assert all(found["estimate"][name] == with_labels["estimate"][name] for name in found["estimate"])
     assert "it is" not in trust_words(found) and "<table" not in reliability_section(found)
@@ -81,7 +86,7 @@ def test_without_labels_there_is_an_estimate_and_no_score():
 
 def test_table_and_section_show_every_variant():
     features, classes = blobs()
-    found = trust(network(Sharp, features), features, classes, ask(features, 4), 4)
+    found = report(network(Sharp, features), features, classes)
     columns, rows = trust_table(found)
     assert len(rows) == 4 and all(len(row) == len(columns) for row in rows)
     section = reliability_section(found)

@@ -44,7 +44,7 @@ from deepclust.model import Network, build_network
 from deepclust.recipe import train
 from deepclust.settings import OptimSettings, TrainerSettings
 from deepclust.trainer import Trainer
-from deepclust.trust import SecondOpinions, ask, trust
+from deepclust.trust import Reference, confidence_report, reference_clusterings
 
 QUIET = ("eval.baselines=none", "eval.probes=false", "trainer.num_threads=1")
 SCORES = ("acc", "confidence", "ece", "adaptive_ece", "brier", "nll", "auroc", "aurc")
@@ -84,7 +84,7 @@ class Start:
     pretext: Network
     """After SimCLR; with a file of features there is no pretext, and this is after SCAN as well."""
     scan: Network
-    second: SecondOpinions
+    reference: Reference
     """Independent clusterings of the first network's features."""
     num_clusters: int
     seed: int
@@ -113,8 +113,8 @@ def start_of(data: str, seed: int, out: Path) -> Start:
         num_clusters = int(images.classes.max()) + 1
     first = networks[0]
     trainer = Trainer(first.backbone, first.head, images, _views(augment, images, first.head))
-    second = ask(trainer.features()[0].numpy(), num_clusters)
-    return Start(images, augment, first, networks[-1], second, num_clusters, seed)
+    reference = reference_clusterings(trainer.features()[0].numpy(), num_clusters)
+    return Start(images, augment, first, networks[-1], reference, num_clusters, seed)
 
 
 def _words(data: str, seed: int, out: Path) -> list[str]:
@@ -198,7 +198,7 @@ def measure(
     classes = start.images.classes
     if classes is not None:
         classes = classes[rows.numpy()]
-    report = trust(trainer.eval_network, features.numpy(), classes, start.second, start.num_clusters)
+    report = confidence_report(trainer.eval_network, features.numpy(), classes, start.reference, start.num_clusters)
     figures: Figures = {
         name: {key: scores[key] for key in SCORES} for name, scores in report["scores"].items()
     }

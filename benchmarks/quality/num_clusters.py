@@ -42,7 +42,7 @@ from benchmarks.quality.num_clusters_cases import Case, cases, rows_of
 from deepclust.clusterers import cluster
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
-from deepclust.eval.number import CRITERIA, estimate_number
+from deepclust.eval.number import CRITERIA, estimate_num_clusters
 
 NAMES = {"ours": "ours", "evoc": "EVoC", "umap_hdbscan": "UMAP + HDBSCAN"}
 SLACK = 1e-9
@@ -55,7 +55,7 @@ SLACK = 1e-9
 def ours(x: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     """Labels of the default clustering at the estimated number, and the estimate's fields."""
     start = time.process_time()
-    number = estimate_number(x)
+    number = estimate_num_clusters(x)
     fields = ("k", "low", "high", "sure", "statement", "votes")
     facts = {name: getattr(number, name) for name in fields}
     facts["estimate_seconds"] = time.process_time() - start

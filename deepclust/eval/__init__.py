@@ -1,4 +1,4 @@
-"""Evaluation: scores against labels, calibration, probes of features, label-free scores, baselines, the collapse alarm.
+"""Scores by labels and without, calibration, probes of features, baselines, the collapse alarm.
 
 Labels enter this package and leave it as figures; nothing here feeds training.
 """

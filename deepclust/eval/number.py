@@ -46,7 +46,7 @@ DENSITY_NEIGHBORS = 20
 
 
 @dataclass(frozen=True)
-class Number:
+class ClusterCount:
     """k: the estimate, low to high: what is plausible, all of them at least 1. statement: a few plain sentences.
 
     sure: `clear` if all five criteria vote for k (or 25 %, or 1, beside it), `likely` if three or four do, else
@@ -65,7 +65,7 @@ class Number:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def estimate_number(features: Any, *, smallest: int = 2, largest: int | None = None, seed: int = 0) -> Number:
+def estimate_num_clusters(features: Any, *, smallest: int = 2, largest: int | None = None, seed: int = 0) -> ClusterCount:
     """The number of clusters in features (n, D), tensor or array, that are compared by direction.
 
     smallest, largest: the range looked at; largest is 60 if not given, and at most a fifth of the images. With fewer
@@ -266,7 +266,7 @@ def prediction_strength(labels: np.ndarray, assigned: np.ndarray) -> float:
 # --- the decision ---------------------------------------------------------------------------------------------------
 
 
-def _decide(curves: _Curves) -> Number:
+def _decide(curves: _Curves) -> ClusterCount:
     """Tries numbers on a grid, then all those about the estimate, and puts the votes together."""
     grid = _grid(curves.smallest, curves.largest)
     for k in grid:
@@ -287,7 +287,7 @@ def _decide(curves: _Curves) -> Number:
     text = statement(k, low, high, votes, apart=apart)
     if missing:
         text += f" Without a vote, since they failed: {'; '.join(f'{name} ({why})' for name, why in missing.items())}."
-    return Number(k, low, high, how_sure(k, votes, apart=apart), text, curves.all(), votes, missing)
+    return ClusterCount(k, low, high, how_sure(k, votes, apart=apart), text, curves.all(), votes, missing)
 
 
 def _grid(smallest: int, largest: int) -> list[int]:
@@ -335,8 +335,8 @@ def statement(k: int, low: int, high: int, votes: Mapping[str, int], *, apart: b
     return f"How many clusters there are is unclear, {k} is a guess between {low} and {high}: {count}. {advice}"
 
 
-def _too_few(num: int, distinct: int, k: int) -> Number:
+def _too_few(num: int, distinct: int, k: int) -> ClusterCount:
     """What can be said where the rows tell nothing."""
     what = f"{num} images" if distinct == num else f"{num} images with {distinct} different features"
     text = f"{what} are too few to tell how many clusters there are; {k} is taken. Give a number with -k."
-    return Number(k, k, k, "unclear", text, {}, {})
+    return ClusterCount(k, k, k, "unclear", text, {}, {})

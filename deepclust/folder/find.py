@@ -15,7 +15,7 @@ from deepclust.clusterers import cluster as cluster_rows
 from deepclust.errors import UserError, in_short, show_where
 from deepclust.estimates import Estimates, ends_the_run
 from deepclust.eval.choice import DEFAULT, PREFERRED, choose, criteria
-from deepclust.eval.number import estimate_number
+from deepclust.eval.number import estimate_num_clusters
 from deepclust.folder.derived import Derived
 from deepclust.folder.state import NOISE, State
 from deepclust.folder.votes import Landmarks, trust_in
@@ -85,7 +85,7 @@ def _number(
     x: np.ndarray, seed: int, estimates: Estimates, console: ConsoleLogger
 ) -> tuple[int, dict[str, Any] | None]:
     """How many clusters, and how that was found; where it cannot be estimated, a rule of thumb that says so."""
-    estimate = estimates("number", lambda: estimate_number(x, seed=seed))
+    estimate = estimates("number", lambda: estimate_num_clusters(x, seed=seed))
     if estimate is not None:
         console.message(estimate.statement)
         return max(2, estimate.k), asdict(estimate)

@@ -15,7 +15,7 @@ from torch import Tensor
 from deepclust.errors import UserError
 from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
-from deepclust.eval.second_opinion import agreement, opinions
+from deepclust.eval.second_opinion import agreement, independent_clusterings
 from deepclust.folder.derived import NUM_NEIGHBORS, Derived, project
 from deepclust.folder.run import FolderRun
 from deepclust.folder.state import State
@@ -123,7 +123,7 @@ def trust_in(x: Tensor, labels: np.ndarray, seed: int = 0) -> np.ndarray:
     if num_clusters < 2 or len(rows) <= num_clusters:
         return np.ones(len(x), dtype=np.float32)
     asked = x[torch.from_numpy(rows)]
-    asked_for = opinions(asked.numpy(), num_clusters, seed=seed)
+    asked_for = independent_clusterings(asked.numpy(), num_clusters, seed=seed)
     agreed = agreement(labels[rows], {"all": [each for family in asked_for.values() for each in family]})
     if len(rows) < len(x):
         _, places = knn(x, asked, k=min(3, len(rows)))

@@ -11,7 +11,7 @@ from deepclust.eval.number import (
     CRITERIA,
     agrees,
     density_peaks,
-    estimate_number,
+    estimate_num_clusters,
     modularity,
     prediction_strength,
     statement,
@@ -27,7 +27,7 @@ def blobs(num_clusters: int, num: int = 240, spread: float = 0.6, seed: int = 0)
 
 @pytest.mark.parametrize("num_clusters", [3, 8])
 def test_plain_clusters_are_counted(num_clusters: int) -> None:
-    found = estimate_number(blobs(num_clusters, spread=0.4), largest=12)
+    found = estimate_num_clusters(blobs(num_clusters, spread=0.4), largest=12)
     assert found.k == num_clusters and found.sure == "clear"
     assert found.low <= num_clusters <= found.high <= num_clusters + 3
     assert found.statement.startswith(f"{num_clusters} clusters: 5 of 5 criteria")
@@ -35,21 +35,21 @@ def test_plain_clusters_are_counted(num_clusters: int) -> None:
 
 def test_unequal_clusters_are_counted() -> None:
     x = np.concatenate([blobs(2, 300), blobs(5, 120, seed=3)])
-    assert estimate_number(x, largest=10).k == 5
+    assert estimate_num_clusters(x, largest=10).k == 5
 
 
 def test_the_order_of_rows_and_their_lengths_do_not_matter() -> None:
     x = blobs(6, 200, spread=0.9)
     random = np.random.default_rng(0)
-    first = estimate_number(x, largest=9)
-    other = estimate_number((x * random.uniform(0.5, 2, size=(200, 1)))[random.permutation(200)], largest=9)
+    first = estimate_num_clusters(x, largest=9)
+    other = estimate_num_clusters((x * random.uniform(0.5, 2, size=(200, 1)))[random.permutation(200)], largest=9)
     assert (first.k, first.sure) == (other.k, other.sure)
     assert first.votes["peaks"] == other.votes["peaks"] and first.votes["eigengap"] == other.votes["eigengap"]
-    assert estimate_number(x, largest=9) == first
+    assert estimate_num_clusters(x, largest=9) == first
 
 
 def test_curves_and_votes_belong_together() -> None:
-    found = estimate_number(blobs(4, 200), smallest=3, largest=9)
+    found = estimate_num_clusters(blobs(4, 200), smallest=3, largest=9)
     assert tuple(found.votes) == tuple(found.curves) == CRITERIA
     for name, (ks, values) in found.curves.items():
         assert len(ks) == len(values) and np.isfinite(values).all() and ks == sorted(ks), name
@@ -61,7 +61,7 @@ def test_curves_and_votes_belong_together() -> None:
 
 
 def test_noise_is_not_sure() -> None:
-    found = estimate_number(np.random.default_rng(0).normal(size=(200, 10)), largest=12)
+    found = estimate_num_clusters(np.random.default_rng(0).normal(size=(200, 10)), largest=12)
     assert found.sure == "unclear" and found.low < found.high
     assert "no two groups of images stand apart" in found.statement
     assert f"-k {found.high}" in found.statement and f"-k {found.k} " not in found.statement
@@ -91,24 +91,24 @@ def test_the_statement_says_what_the_votes_say() -> None:
     ],
 )
 def test_where_nothing_can_be_told(x: np.ndarray, k: int) -> None:
-    found = estimate_number(x)
+    found = estimate_num_clusters(x)
     assert (found.k, found.low, found.high, found.sure) == (k, k, k, "unclear")
     assert "too few to tell" in found.statement and not found.votes and not found.curves
 
 
 def test_more_clusters_than_rows_may_be_asked_for() -> None:
-    found = estimate_number(blobs(3, 30), largest=1000)
+    found = estimate_num_clusters(blobs(3, 30), largest=1000)
     assert found.k <= 6 and max(found.curves["eigengap"][0]) == 6
-    assert estimate_number(np.repeat(blobs(3, 60), 3, axis=0)).k >= 2  # every row three times
+    assert estimate_num_clusters(np.repeat(blobs(3, 60), 3, axis=0)).k >= 2  # every row three times
 
 
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="smallest=1"):
-        estimate_number(blobs(3), smallest=1)
+        estimate_num_clusters(blobs(3), smallest=1)
     with pytest.raises(ValueError, match="smallest=5, largest=4"):
-        estimate_number(blobs(3), smallest=5, largest=4)
+        estimate_num_clusters(blobs(3), smallest=5, largest=4)
     with pytest.raises(ValueError, match="finite"):
-        estimate_number(np.full((20, 3), np.nan))
+        estimate_num_clusters(np.full((20, 3), np.nan))
 
 
 def test_peaks_of_blobs_stand_out_and_those_of_one_do_not() -> None:

@@ -10,8 +10,8 @@ from deepclust.eval import calibration_scores, clustering_scores
 from deepclust.eval.second_opinion import (
     agreement,
     constant_confidence,
+    independent_clusterings,
     label_free_calibration,
-    opinions,
     scale,
     temperature_for,
 )
@@ -37,27 +37,27 @@ def test_other_numbers_of_clusters_agree_where_they_can():
         agreement(mine, {})
 
 
-def test_opinions_that_err_independently_estimate_the_accuracy():
-    """Errors at random towards one other class each: two calibrated opinions agree as often as they are right."""
+def test_clusterings_that_err_independently_estimate_the_accuracy():
+    """Errors at random towards one other class each: two calibrated clusterings agree as often as they are right."""
     random = np.random.default_rng(0)
     target = random.integers(0, 4, 20_000)
-    hard = random.random(20_000) < 0.4  # on these every opinion tosses a coin between two classes
+    hard = random.random(20_000) < 0.4  # on these every clustering tosses a coin between two classes
     drawn = [np.where(hard & (random.random(20_000) < 0.5), (target + 1) % 4, target) for _ in range(3)]
     estimate = agreement(drawn[0], {"a": drawn[1:]}).mean()
     assert estimate == pytest.approx(clustering_scores(drawn[0], target)["acc"], abs=0.01)
 
 
 @pytest.mark.parametrize("distance", [3.0, 9.0])
-def test_opinions_find_clusters_that_are_there(distance):
+def test_independent_clusterings_find_clusters_that_are_there(distance):
     random = np.random.default_rng(1)
     target = random.integers(0, 4, 400)
     features = (distance * random.normal(size=(4, 24)) / 24**0.5)[target] + random.normal(size=(400, 24)) / 5
-    found = opinions(features, 4)
+    found = independent_clusterings(features, 4)
     assert {family: len(each) for family, each in found.items()} == {"k-means": 2, "spectral": 2}
     for labels in [labels for each in found.values() for labels in each]:
         assert labels.shape == (400,)
         assert clustering_scores(labels, target)["acc"] > 0.95
-    again = opinions(torch.from_numpy(features), 4)
+    again = independent_clusterings(torch.from_numpy(features), 4)
     assert all(np.array_equal(a, b) for family in found for a, b in zip(found[family], again[family]))
 
 
