@@ -15,13 +15,14 @@ import torch
 from deepclust.data.image_set import ImageData, ImageSet
 from deepclust.estimates import Estimates
 from deepclust.eval.baselines import NAMES, baselines, chosen
-from deepclust.eval.label_free import better_stage, churn, label_free_scores, neighbor_agreement, silhouette
+from deepclust.eval.label_free import better_stage, churn, label_free_scores, silhouette
 from deepclust.eval.metrics import BY_CLASS, LONG_TAILED, clustering_scores, imbalance
 from deepclust.eval.probes import knn_probe, linear_probe
 from deepclust.loggers import Loggers
 from deepclust.loggers.files import read_metrics
 from deepclust.model import Network
 from deepclust.ops import knn
+from deepclust.ops.agreement import neighbor_agreement
 from deepclust.report import write_report
 from deepclust.report.gallery import make_galleries
 from deepclust.report.plots import metric_curves
