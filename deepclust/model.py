@@ -21,7 +21,9 @@ from deepclust.heads.base import Head, Output
 if TYPE_CHECKING:
     from deepclust.data.views import ViewTransform
 
-FORMAT = 1
+FORMAT, NOISE_FORMAT = 1, 2
+"""Of model files; the second of those that tell noise, which earlier versions would put into clusters."""
+NOISE = -1
 
 
 class Network(nn.Module):
@@ -123,17 +125,25 @@ class Clusterer:
         return self._apply(images, batch_size, self.network.features)
 
     def predict_proba(self, images: Any, batch_size: int = 256) -> np.ndarray:
-        """(N, K) float32 probabilities; a row's largest is the confidence."""
+        """(N, K) float32 probabilities of clusters; a row's largest is the confidence. Noise has some too."""
         return self._apply(images, batch_size, self.probabilities)
 
     def predict(self, images: Any, batch_size: int = 256) -> np.ndarray:
-        """(N,) int64 clusters."""
-        return self.predict_proba(images, batch_size).argmax(1)
+        """(N,) int64 clusters; -1 for images that are unlike all others, of a model that tells those (`--noise`)."""
+        return self._apply(images, batch_size, lambda view: self.assigned(view)[0])
 
     @torch.no_grad()
     def probabilities(self, view: Tensor) -> Tensor:
         """(B, C, H, W) clean view to (B, K) probabilities."""
         return self.network.head.predict(self.network.features(view))
+
+    @torch.no_grad()
+    def assigned(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a clean view (B, C, H, W), clusters (B,) int64, -1 for noise, and confidences (B,)."""
+        features = self.network.features(view)
+        confidence, cluster = self.network.head.predict(features).max(1)
+        apart = self.network.head.outlying(features)
+        return cluster if apart is None else cluster.masked_fill(apart, NOISE), confidence
 
     @torch.no_grad()
     def _apply(self, images: Any, batch_size: int, function: Callable[[Tensor], Tensor]) -> np.ndarray:
@@ -200,7 +210,7 @@ class Clusterer:
             raise UserError(
                 f"{path} is not a model: {str(error).splitlines()[0]}. Give a run folder or model.safetensors"
             ) from None
-        if not isinstance(spec, dict) or spec.get("format", 0) > FORMAT:
+        if not isinstance(spec, dict) or spec.get("format", 0) > NOISE_FORMAT:
             raise UserError(f"{path} was not written by this version of deepclust; update deepclust, or train again")
         if spec.pop("sha256", None) != _digest(spec, weights):
             raise UserError(f"{path} was changed after it was written (SHA-256); copy it again, or train again")

@@ -211,6 +211,10 @@ class Head(nn.Module):
         """(B, D) to (B, K) probabilities before calibration: `predict`, unless a head calibrates."""
         return self.predict(z)
 
+    def outlying(self, z: Tensor) -> Tensor | None:
+        """(B, D) to (B,) bool: which features are unlike all that have a cluster; None from a head that tells none."""
+        return None
+
     @property
     def clusters(self) -> bool:
         """Whether `predict` gives clusters (False for a pretext)."""
