@@ -20,6 +20,7 @@ from deepclust.eval.label_free import as_array, neighbor_agreement, sample_rows,
 from deepclust.eval.metrics import as_labels, entropy
 from deepclust.ops.agreement import normalized_mutual_information
 from deepclust.ops.eigen import dense
+from deepclust.ops.precision import as_rows
 
 SINGLE = ("neighbor_agreement", "silhouette", "consensus", "self_prediction")
 CRITERIA = (*SINGLE, "mean_rank", "preference")
@@ -45,7 +46,7 @@ def criteria(features: Any, clusterings: Mapping[str, Any], *, seed: int = 0) ->
     mean_rank: the mean place, 0 for the last to 1 for the first, by these four. preference: neighbour agreement, 0.02
     more for the clustering that is called `diffusion`, and 1 less for one with far fewer clusters (`FEWER`).
     """
-    rows = as_array(features).astype(np.float32)
+    rows = as_rows(as_array(features))
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     labels = {name: as_labels(each, name) for name, each in clusterings.items()}
     graph, part = neighbors_of(rows), sample_rows(len(rows), MAX_ROWS, seed)

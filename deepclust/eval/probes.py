@@ -95,7 +95,7 @@ def _accuracy(
     if test is not None:
         test_x, test_y = _checked(*test, "test features")
         classes = np.unique(y)
-        predicted = classify(x, _codes(y, classes, x), test_x, len(classes))
+        predicted = classify(x, _codes(y, classes, x), test_x.to(x), len(classes))
         return float((classes[predicted.cpu().numpy()] == test_y).mean())
     if not 2 <= folds <= len(y):
         raise ValueError(f"folds must be between 2 and the {len(y)} rows, it is {folds}")
@@ -111,8 +111,13 @@ def _accuracy(
 
 
 def _checked(features: Any, labels: Any, name: str) -> tuple[Tensor, np.ndarray]:
-    """Features (N, D) as float32 on their device and labels (N,) int64; ValueError where they do not fit together."""
-    x, y = torch.as_tensor(features).detach().float(), as_labels(labels, f"labels of {name}")
+    """Features (N, D) as float32, or float64 as `plain` has it, on their device and labels (N,) int64.
+
+    Raises ValueError where they do not fit together.
+    """
+    from deepclust.ops.precision import plain
+
+    x, y = plain(torch.as_tensor(features).detach()), as_labels(labels, f"labels of {name}")
     if x.ndim != 2 or len(x) != len(y):
         raise ValueError(f"{name} must have one row for each of {len(y)} labels, it has shape {tuple(x.shape)}")
     if not bool(x.isfinite().all()):

@@ -20,6 +20,7 @@ from deepclust.eval.calibration import as_probabilities, calibration_error, equa
 from deepclust.eval.label_free import as_array
 from deepclust.eval.metrics import as_labels, contingency
 from deepclust.ops import kmeans
+from deepclust.ops.precision import as_rows
 from deepclust.ops.spectral import spectral_clusters
 
 MAX_SPECTRAL = 100
@@ -32,7 +33,7 @@ def opinions(features: Any, num_clusters: int, *, seed: int = 0) -> dict[str, li
 
     Each is made from a random half of the D columns, of rows of length one. Above 100 clusters there is k-means alone.
     """
-    rows = as_array(features).astype(np.float32)
+    rows = as_rows(as_array(features))
     x = torch.from_numpy(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
     random = np.random.default_rng([seed, 11])
     found: dict[str, list[np.ndarray]] = {"k-means": [], "spectral": []}

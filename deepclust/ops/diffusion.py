@@ -21,6 +21,7 @@ from torch import Tensor
 from deepclust.ops import kmeans
 from deepclust.ops.agreement import normalized_mutual_information
 from deepclust.ops.neighbors import knn
+from deepclust.ops.precision import plain
 from deepclust.ops.spectral import graph_components, neighbor_graph, on_first_rank
 
 NEIGHBORS = (10, 15, 20, 30)
@@ -45,7 +46,7 @@ class Diffusion:
         num = len(features)
         if not 1 <= largest < num:
             raise ValueError(f"{largest} clusters: choose from 1 to {num - 1}, there are {num} rows")
-        x = F.normalize(features.float(), dim=1)
+        x = F.normalize(plain(features), dim=1)
         near = knn(x, x, k=min(max(NEIGHBORS), num - 1), exclude_self=True)[1].cpu().numpy()
         self.largest = largest
         graphs = {k: neighbor_graph(near[:, :k], shared=True) for k in sorted({min(k, num - 1) for k in NEIGHBORS})}
@@ -82,7 +83,7 @@ def diffusion_clusters(features: Tensor, num_clusters: int, *, seed: int = 0, gr
     def labels_of(rows: Tensor) -> Tensor:
         return Diffusion(rows, num_clusters).votes(num_clusters, seed=seed).argmax(dim=1)
 
-    return on_first_rank(labels_of, features.float(), group)
+    return on_first_rank(labels_of, plain(features), group)
 
 
 def agreed(clusterings: list[np.ndarray], num_clusters: int, *, rounds: int = 5) -> np.ndarray:

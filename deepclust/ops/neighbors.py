@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.ops.collectives import all_sum, broadcast, gather_equal, gather_rows
-from deepclust.ops.precision import exact, plain
+from deepclust.ops.collectives import all_max, all_sum, broadcast, gather_equal, gather_rows
+from deepclust.ops.precision import computed_in, exact
 from deepclust.ops.search import Found, Metric, Search, pairs_pay, search_faiss, search_fast, search_pairs
 
 PIECE_ROWS = 65_536  # rows of the bank that are looked at (and broadcast) at a time
@@ -33,7 +33,8 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of the bank for every query, exact up to rounding; ties fall either way.
 
-    queries: (Q, D), bank: (N, D), any floating dtype (float16 and bfloat16 are computed in float32). With a process
+    queries: (Q, D), bank: (N, D), any real dtype: float16 and bfloat16 are computed in float32, whole numbers beyond
+    2^24 in float64, and both in float64 if one of them is. With a process
     `group` both are this rank's rows; empty shards are fine. exclude_self: row i of `queries` is row i of `bank`, and
     is no neighbour of itself. Extra memory does not grow with Q x N. On processors that multiply bfloat16 at twice the
     speed, such products propose neighbours; float32 decides, and searches anew where they prove too little. All
@@ -49,8 +50,9 @@ def knn(
     asked for and not installed.
     """
     search = _searches(backend, approximate)
-    same, queries = queries is bank, _prepare(queries, metric)
-    bank = queries if same else _prepare(bank, metric)
+    same, dtype = queries is bank, _dtype(queries, bank, group)
+    queries = _prepare(queries, metric, dtype)
+    bank = queries if same else _prepare(bank, metric, dtype)
     sizes = _check(queries, bank, k, metric, exclude_self, group)
     if metric == "euclidean":
         # a common shift leaves distances as they are and takes the cancellation out of |q|^2 - 2qc + |c|^2
@@ -82,8 +84,18 @@ def _by_pieces(
             yield rows, best, column + start
 
 
-def _prepare(x: Tensor, metric: Metric) -> Tensor:
-    x = plain(torch.as_tensor(x))
+def _dtype(queries: Tensor, bank: Tensor, group: Any) -> torch.dtype:
+    """What is computed in: float64 if the rows of any rank want it."""
+    both = [torch.as_tensor(queries), torch.as_tensor(bank)]
+    double = torch.float64 in [computed_in(x) for x in both]
+    if group is not None and not both[1].dtype.is_floating_point:  # the numbers decide, and ranks hold others
+        largest = torch.tensor(int(double), device=both[1].device)
+        double = bool(all_max(largest, group))
+    return torch.float64 if double else torch.float32
+
+
+def _prepare(x: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
+    x = torch.as_tensor(x).to(dtype)
     if metric != "cosine" or not x.numel() or x.ndim != 2:
         return x
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
