@@ -24,6 +24,7 @@ from deepclust.ops import kmeans as fit_kmeans
 from deepclust.ops import knn
 from deepclust.ops.diffusion import Diffusion
 from deepclust.ops.eigen import principal_scores
+from deepclust.ops.precision import as_rows
 from deepclust.ops.spectral import spectral_clusters
 
 NEIGHBORS = 15
@@ -58,7 +59,7 @@ def cluster(
     if num_clusters is None and method != "umap_hdbscan":
         raise UserError(f"clusterer {method} needs a number of clusters; umap_hdbscan finds its own")
     values = features.detach().cpu().numpy() if isinstance(features, torch.Tensor) else np.asarray(features)
-    rows = prepared(values.astype(np.float32), num_clusters or 1, normalize=normalize)
+    rows = prepared(as_rows(values), num_clusters or 1, normalize=normalize)
     with calm():
         labels, confidence = METHODS[method](rows, num_clusters, seed % 2**32)
         if confidence is None:
@@ -175,7 +176,8 @@ def _prototypes(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     """
     from deepclust.heads.neighbor_prototypes import NeighborPrototypes
 
-    rows, settings = torch.from_numpy(x), {"num_heads": 1, "epsilon": 0.05, "init": "diffusion", "view": "clean"}
+    settings = {"num_heads": 1, "epsilon": 0.05, "init": "diffusion", "view": "clean"}
+    rows = torch.from_numpy(x).float()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         head = NeighborPrototypes(x.shape[1], num_clusters, len(x), **settings)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from deepclust.data.views import ViewTransform
 
-FORMAT = 1
+FORMAT, NOISE_FORMAT = 1, 2
+"""Of model files; the second of those that tell noise, which earlier versions would put into clusters."""
+NOISE = -1
 UNTRAINED = {"pretrained": False, "weights": None}
 """What a backbone is told that gets its weights from elsewhere."""
 
@@ -129,17 +131,25 @@ class Clusterer:
         return self._apply(images, batch_size, self.network.features)
 
     def predict_proba(self, images: Any, batch_size: int = 256) -> np.ndarray:
-        """(N, K) float32 probabilities; a row's largest is the confidence."""
+        """(N, K) float32 probabilities of clusters; a row's largest is the confidence. Noise has some too."""
         return self._apply(images, batch_size, self.probabilities)
 
     def predict(self, images: Any, batch_size: int = 256) -> np.ndarray:
-        """(N,) int64 clusters."""
-        return self.predict_proba(images, batch_size).argmax(1)
+        """(N,) int64 clusters; -1 for images that are unlike all others, of a model that tells those (`--noise`)."""
+        return self._apply(images, batch_size, lambda view: self.assigned(view)[0])
 
     @torch.no_grad()
     def probabilities(self, view: Tensor) -> Tensor:
         """(B, C, H, W) clean view to (B, K) probabilities."""
         return self.network.head.predict(self.network.features(view))
+
+    @torch.no_grad()
+    def assigned(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a clean view (B, C, H, W), clusters (B,) int64, -1 for noise, and confidences (B,)."""
+        features = self.network.features(view)
+        confidence, cluster = self.network.head.predict(features).max(1)
+        apart = self.network.head.outlying(features)
+        return cluster if apart is None else cluster.masked_fill(apart, NOISE), confidence
 
     @torch.no_grad()
     def _apply(self, images: Any, batch_size: int, function: Callable[[Tensor], Tensor]) -> np.ndarray:
@@ -193,7 +203,8 @@ class Clusterer:
 
         training = {f"head.{name}" for name in self.network.head.training_buffers}
         weights = {n: t.contiguous().cpu() for n, t in self.network.state_dict().items() if n not in training}
-        spec = {"format": FORMAT, **self.spec}
+        version = NOISE_FORMAT if self.network.head.tells_noise else FORMAT
+        spec = {**self.spec, "format": version}
         # One entry: safetensors writes several in any order, and the same model would be another file.
         text = json.dumps({**spec, "sha256": _digest(spec, weights)})
         write_atomic(Path(path), save(weights, {"deepclust": text}))
@@ -241,7 +252,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         why = str(error).splitlines()[0]
         raise UserError(f"{path} is not a model: {why}. Give a run folder or model.safetensors") from None
     version = spec.get("format") if isinstance(spec, dict) else None
-    if not isinstance(version, int) or not 1 <= version <= FORMAT:
+    if not isinstance(version, int) or not 1 <= version <= NOISE_FORMAT:
         advice = "update deepclust, or train again"
         raise UserError(f"{path} was not written by this version of deepclust; {advice}")
     if told != digest:

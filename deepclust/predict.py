@@ -100,6 +100,8 @@ def _resume(
     told = images.said if images else "a model of features"
     console.message(f"{what}{ignored}")
     console.message(f"{asked.run}: {told}, {model.num_clusters} clusters, on {device}")
+    for note in model.notes:
+        console.message(note, "warning")
     if images and model.of_features and model.stored is None:
         console.message(
             f"{model.why}; that --backbone {asked.backbone} made them is taken on trust, only their number fits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from deepclust.data.store import MANIFEST, FeatureStore, StoredBackbone
 from deepclust.encoders import Encoder, precision_of, rebuild
 from deepclust.errors import UserError
 from deepclust.folder.run import FACTS, FolderRun
+from deepclust.folder.state import NOISE, State
 from deepclust.model import Clusterer
 from deepclust.own_code import NotTrusted
 
@@ -41,7 +42,8 @@ class RunModel:
     """A run's model. names: of clusters, by id; None for runs that name none. digest: SHA-256 of the model file.
 
     stored: what made the features that a model of features learned, None where that is not known and `why`, or for a
-    model of images. num_named: how many clusters a run that may name them has now.
+    model of images. num_named: how many clusters a run that may name them has now. notes: what is to be
+    known of its results.
     """
 
     run: Path
@@ -51,6 +53,7 @@ class RunModel:
     stored: StoredBackbone | None
     why: str = ""
     num_named: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def of_features(self) -> bool:
@@ -82,8 +85,7 @@ class RunModel:
         clusterer = self.clusterer
         keys = torch.zeros(len(given), dtype=torch.int64, device=clusterer.device)
         with torch.inference_mode():
-            probabilities = clusterer.probabilities(clusterer.view.batch(given.to(clusterer.device), keys))
-            confidence, cluster = probabilities.max(1)
+            cluster, confidence = clusterer.assigned(clusterer.view.batch(given.to(clusterer.device), keys))
         faults = [None if each else NOT_FINITE for each in fine]
         return Found(cluster.cpu().numpy(), confidence.float().cpu().numpy(), faults)
 
@@ -98,6 +100,7 @@ def open_model(run: Path, device: torch.device, trust: Sequence[str] = ()) -> Ru
         found = FolderRun.open(folder)
         state = found.state()
         model.names, model.num_named = dict(state.names), len(state.ids)
+        model.notes = tuple(_notes(found, state, clusterer))
         try:
             model.stored = found.store.backbone(found.facts["backbone"])
         except UserError as error:
@@ -105,6 +108,16 @@ def open_model(run: Path, device: torch.device, trust: Sequence[str] = ()) -> Ru
     elif model.of_features:
         model.stored, model.why = _trained_on(folder if file.name == MODEL else None)
     return model
+
+
+def _notes(run: FolderRun, state: State, clusterer: Clusterer) -> Iterator[str]:
+    """What a run's clusters cannot tell of other images."""
+    if "confidence" in run.missing:
+        reason = run.missing["confidence"]
+        yield f"confidences are shares of votes; how far to trust them could not be estimated: {reason}"
+    tells = bool(getattr(clusterer.network.head, "outlier_neighbors", 0))
+    if run.facts["asked"].get("noise") and not tells and (state.cluster[state.kept] == NOISE).any():
+        yield f"noise is not told, every image gets a cluster: the run does not know how yet; {run.append_command()}"
 
 
 def _trained_on(folder: Path | None) -> tuple[StoredBackbone | None, str]:

@@ -174,6 +174,7 @@ def test_an_estimate_that_fails_ends_no_clustering(words, monkeypatch, capsys, n
     assert main(["edit", "run", "merge", "0", "1"]) == 0
     assert main(["edit", "run"]) == 0 and ("unknown" in capsys.readouterr().out) == (name == "confidence")
     assert main(["predict", "run", "photos", "-o", "again.csv"]) == 0
+    assert ("shares of votes; how far to trust them" in capsys.readouterr().out) == (name == "confidence")
     # Once it works the same command has it; an edited run is left alone.
     assert main([*words, *more]) == 0 and facts()["missing"]
     assert main([*words, *more, "--new"]) == 0 and not facts()["missing"]

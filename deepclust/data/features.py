@@ -58,8 +58,12 @@ def from_features(
     protocol: str = "transductive",
     imbalance: float | None = None,
 ) -> ImageData:
-    """The same from arrays: features (N, D), N >= 2, kept as float32."""
+    """The same from arrays: features (N, D), N >= 2, kept as float32.
+
+    Raises UserError also for rows that float32 cannot tell apart.
+    """
     rows = as_features(features)
+    _refuse_lost(features)
     splits = [NO_SPLIT] * len(rows) if splits is None else _texts("splits", splits, len(rows))
     classes, class_names = (None, []) if labels is None else as_classes(as_labels(labels, len(rows)))
     everything = set_of_arrays(name, rows, splits, classes, class_names)
@@ -107,6 +111,24 @@ def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:
     if bad:
         raise UserError(f"features: NaN or infinite values in {len(bad)} of {len(rows)} rows, first {bad[:5]}.")
     return rows.contiguous()[:, :, None, None]
+
+
+def _refuse_lost(features: np.ndarray | Tensor) -> None:
+    """Raises UserError where rows differ by less than float32 can hold, such as times around now."""
+    from deepclust.ops.precision import TOLD, lost_by_float32
+
+    values = np.asarray(features.detach().cpu() if isinstance(features, Tensor) else features)
+    lost = lost_by_float32(values)
+    if lost <= TOLD:
+        return
+    spread = values.std(0, dtype=np.float64)
+    wide = np.abs(values.mean(0, dtype=np.float64))
+    column = int(np.argmax(np.where(spread > 0, wide, 0)))
+    raise UserError(
+        f"features: column {column} holds values around {wide[column]:.6g} that differ by {spread[column]:.3g}; in "
+        f"float32, in which heads compute, rounding is {100 * lost:.0f} % of what tells rows apart. Subtract each "
+        "column's mean first, of training and later features alike"
+    )
 
 
 def load_columns(file: str, key: str, mapped: bool = False) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from deepclust.clusterers import cluster
 from deepclust.errors import UserError, in_short, show_where
 from deepclust.estimates import ends_the_run
 from deepclust.eval.label_free import as_array, sample_rows
+from deepclust.ops.precision import as_rows
 
 NAMES = ("kmeans", "gmm", "spectral", "tsne_gmm", "pixels")
 
@@ -51,8 +52,8 @@ def baselines(
     result = Baselines(index)
     if not names:
         return result
-    x = as_array(features[index]).astype(np.float32)
-    raw = None if pixels is None else as_array(pixels[index]).reshape(len(index), -1).astype(np.float32)
+    x = as_rows(as_array(features[index]))
+    raw = None if pixels is None else as_array(pixels[index]).reshape(len(index), -1)
     for name in names:
         start = time.perf_counter()
         try:

@@ -21,6 +21,7 @@ from deepclust.eval.label_free import as_array, sample_rows, silhouette
 from deepclust.eval.metrics import as_labels, entropy
 from deepclust.ops.agreement import neighbor_agreement, normalized_mutual_information
 from deepclust.ops.eigen import dense
+from deepclust.ops.precision import as_rows
 
 SINGLE = ("neighbor_agreement", "silhouette", "consensus", "self_prediction")
 """Criteria that are measured; the others are made of these."""
@@ -63,7 +64,7 @@ def criteria(
         clusterings: name to labels (N,).
         seed: of the rows that are drawn.
     """
-    rows = as_array(features).astype(np.float32)
+    rows = as_rows(as_array(features))
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), TINY)
     labels = {name: as_labels(each, name) for name, each in clusterings.items()}
     graph = torch.from_numpy(neighbors_of(rows))

@@ -29,6 +29,7 @@ from deepclust.clusterers import principal
 from deepclust.estimates import Estimates
 from deepclust.eval.label_free import as_array, sample_rows
 from deepclust.ops import kmeans, knn
+from deepclust.ops.precision import as_rows
 from deepclust.ops.spectral import spectral_components
 
 CRITERIA = ("peaks", "modularity", "eigengap", "agreement", "prediction")
@@ -75,7 +76,7 @@ def estimate_num_clusters(features: Any, *, smallest: int = 2, largest: int | No
     """
     if smallest < 2 or (largest is not None and largest < smallest):
         raise ValueError(f"smallest={smallest}, largest={largest}: need 2 <= smallest <= largest")
-    rows = as_array(features).astype(np.float32)
+    rows = as_rows(as_array(features))
     if rows.ndim != 2 or not np.isfinite(rows).all():
         raise ValueError(f"features must be finite numbers in rows and columns, they are {rows.shape}")
     rows = rows[sample_rows(len(rows), MAX_ROWS, seed)]

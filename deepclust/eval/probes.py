@@ -137,7 +137,7 @@ def _accuracy(
     codes = torch.from_numpy(np.searchsorted(classes, y)).to(x.device)
     if test is not None:
         test_x, test_y = _checked(*test, "test features")
-        predicted = classify(x, codes, test_x, len(classes))
+        predicted = classify(x, codes, test_x.to(x), len(classes))
         # As class values: a class of the test rows that was not trained on counts as wrong.
         return float((classes[predicted.cpu().numpy()] == test_y).mean())
     if not 2 <= folds <= len(y):
@@ -153,11 +153,13 @@ def _accuracy(
 
 
 def _checked(features: Any, labels: Any, name: str) -> tuple[Tensor, np.ndarray]:
-    """Features (N, D) float32 on their device and labels (N,) int64.
+    """Features (N, D) float32, or float64 as `plain` has it, on their device and labels (N,) int64.
 
     Raises ValueError, with the name, where they do not fit together or a row is not finite.
     """
-    x = torch.as_tensor(features).detach().float()
+    from deepclust.ops.precision import plain
+
+    x = plain(torch.as_tensor(features).detach())
     y = as_labels(labels, f"labels of {name}")
     if x.ndim != 2 or len(x) != len(y):
         raise ValueError(

@@ -26,6 +26,7 @@ from deepclust.eval.calibration import (
 from deepclust.eval.label_free import as_array
 from deepclust.eval.metrics import as_labels, contingency
 from deepclust.ops import kmeans
+from deepclust.ops.precision import as_rows
 from deepclust.ops.spectral import spectral_clusters
 
 MAX_SPECTRAL = 100
@@ -53,7 +54,7 @@ def independent_clusterings(
         num_clusters: K.
         seed: makes the result repeatable.
     """
-    rows = as_array(features).astype(np.float32)
+    rows = as_rows(as_array(features))
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     x = torch.from_numpy(rows / np.maximum(lengths, 1e-12))
     # The second entry keeps this stream apart from other draws by the same seed.

@@ -250,11 +250,15 @@ def _cluster(
 
 
 def _mend_landmarks(run: FolderRun, derived: Derived, estimates: Estimates, console: ConsoleLogger) -> None:
-    """Makes the landmarks of a run anew where they cannot be read."""
+    """Makes the landmarks of a run anew where they cannot be read, or cannot tell the noise that was asked for."""
     try:
-        Landmarks.load(run)
+        landmarks = Landmarks.load(run)
     except DamagedLandmarks as error:
         console.message(f"{error}. That is done now", "warning")
+        landmarks_again(run, derived, estimates)
+        return
+    if run.facts["asked"].get("noise") and landmarks.noise is None and derived.outliers is not None:
+        console.message("landmarks that tell noise of new images too are made; those of this run did not yet")
         landmarks_again(run, derived, estimates)
 
 

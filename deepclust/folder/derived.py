@@ -22,9 +22,11 @@ from deepclust.data.store import FeatureStore
 from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
 from deepclust.folder.duplicates import near_duplicates
+from deepclust.folder.noise import NOISE_COLUMNS, Noise, outlier_neighbors
 from deepclust.npz import Column, Unreadable, read_columns
 from deepclust.ops import knn
 from deepclust.ops.eigen import eigh, principal_scores
+from deepclust.ops.outliers import fit_density
 from deepclust.run_folder import write_atomic
 
 NUM_COMPONENTS = 128
@@ -32,15 +34,17 @@ NUM_COMPONENTS = 128
 NUM_NEIGHBORS = 15
 NUM_LANDMARKS = 4000
 """Images that are clustered; all others follow the nearest of them."""
+FEWEST = 5
+"""Landmarks of which outliers can be told."""
 PARTS = {
     "projected": {"basis": Column("f", ("d", "p")), "x": Column("f", ("n", "p"))},
     "neighbors": {"values": Column("f", ("n", "k")), "places": Column("i", ("n", "k"))},
     "duplicates": {"copy_of": Column("i", ("n",))},
     "nearest": {"values": Column("f", ("n", "k")), "places": Column("i", ("n", "k"))},
     "map": {"positions": Column("f", ("n", 2))},
-    "outliers": {"outlying": Column("b", ("n",))},
+    "outliers": NOISE_COLUMNS,
 }
-OF_IMAGES = ("x", "values", "places", "copy_of", "positions", "outlying")
+OF_IMAGES = ("x", "values", "places", "copy_of", "positions")
 """Arrays with a row for each image."""
 OF_LANDMARKS = ("nearest", "map", "outliers")
 """Parts that are made of the landmarks."""
@@ -120,14 +124,30 @@ class Derived:
         return np.full((len(self), 2), np.nan, dtype=np.float32) if found is None else found["positions"]
 
     @cached_property
-    def outlying(self) -> np.ndarray:
-        """(n,) bool: images that lie far sparser than their nearest landmarks do.
+    def outliers(self) -> Noise | None:
+        """Which landmarks lie far sparser than others, and what tells that of any image; None where that fails.
 
         Their local outlier factor (Breunig et al. 2000) among 20 neighbours, fewer of few landmarks, is more than three
         times the interquartile range above the upper quartile of the landmarks' (Tukey's rule for what is far out).
+        None also of fewer than five landmarks, where nothing can be told.
         """
+        if len(self.landmarks) < FEWEST:
+            return None
         found = self.estimates("outliers", lambda: self._kept("outliers", self._outliers, "outliers"))
-        return np.zeros(len(self), dtype=bool) if found is None else found["outlying"]
+        return None if found is None else Noise(**found)
+
+    @cached_property
+    def outlying(self) -> np.ndarray:
+        """(n,) bool: images that lie apart as `outliers` has it; near-duplicates do where their original does."""
+        noise, apart = self.outliers, np.zeros(len(self), dtype=bool)
+        if noise is None:
+            return apart
+        apart[self.landmarks] = noise.outlying
+        others = np.setdiff1d(np.arange(len(self)), self.landmarks)
+        bank = self.x[torch.from_numpy(self.landmarks)]
+        for part in _chunks(others):
+            apart[part] = noise.apart(self.x[torch.from_numpy(part)], bank).numpy()
+        return apart[np.where(self.copy_of >= 0, self.copy_of, np.arange(len(self)))]
 
     @property
     def there(self) -> bool:
@@ -173,6 +193,8 @@ class Derived:
             return False
         if name == "projected":
             return len(found["basis"]) == self.store.features(self.backbone).shape[1]
+        if name == "outliers":
+            return len(found["reach"]) == len(self.landmarks)
         places = found.get("places", found.get("copy_of", np.zeros(0)))
         count = len(self.landmarks) if name == "nearest" else len(self)
         lowest = -1 if name == "duplicates" else 0
@@ -203,22 +225,12 @@ class Derived:
         return {"values": values.numpy(), "places": places.numpy()}
 
     def _outliers(self) -> Arrays:
-        from sklearn.neighbors import LocalOutlierFactor
-
-        from deepclust.clusterers import calm
-
-        if len(self.landmarks) < 5:
-            return {"outlying": np.zeros(len(self), dtype=bool)}
-        with calm():
-            model = LocalOutlierFactor(max(3, min(20, len(self.landmarks) // 10)), novelty=True)
-            own = model.fit(self.x[torch.from_numpy(self.landmarks)].numpy()).negative_outlier_factor_
-            others = np.setdiff1d(np.arange(len(self)), self.landmarks)
-            factors = np.empty(len(self))
-            factors[self.landmarks] = -own
-            if len(others):
-                factors[others] = -model.score_samples(self.x[torch.from_numpy(others)].numpy())
-        low, high = np.percentile(-own, [25, 75])
-        return {"outlying": factors > high + 3 * (high - low)}
+        x = self.x[torch.from_numpy(self.landmarks)]
+        density, factors = fit_density(x, outlier_neighbors(len(x)))
+        low, high = np.percentile(factors.numpy(), [25, 75])
+        limit = np.float32(high + 3 * (high - low))
+        known = {"reach": density.reach.numpy(), "density": density.density.numpy()}
+        return {**known, "limit": np.array(limit), "outlying": factors.numpy() > limit}
 
     def _map(self) -> Arrays:
         placed = embed(self.x[torch.from_numpy(self.landmarks)].numpy())

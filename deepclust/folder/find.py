@@ -163,8 +163,8 @@ def carry(
     original = np.where(derived.copy_of >= 0, derived.copy_of, np.arange(len(derived)))
     cluster, confidence = cluster[original], confidence[original]
     if noise:
-        cluster = np.where(derived.outlying[original], NOISE, cluster)
-    landmarks = Landmarks(derived.rows[derived.landmarks], x.numpy().astype(np.float16), trust, derived.basis.numpy())
+        cluster = np.where(derived.outlying, NOISE, cluster)
+    landmarks = Landmarks.of(derived, trust, noise)
     copies = np.where(derived.copy_of >= 0, derived.rows[derived.copy_of], -1)
     nobody = np.zeros(len(derived), dtype=bool)
     return landmarks, State(derived.rows, cluster, confidence, derived.map, copies, nobody, {}, num_clusters)

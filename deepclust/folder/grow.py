@@ -13,12 +13,14 @@ from deepclust.folder.state import NOISE, State
 from deepclust.folder.votes import Landmarks, clusterer_of
 from deepclust.ops import knn
 
+CHUNK = 8192
+
 
 def append(run: FolderRun, derived: Derived) -> State:
     """The run's state with the images that are new or changed since, and without those that are gone.
 
-    A new image that is a near-duplicate of one with a cluster goes there; others get the vote of the nearest landmarks.
-    All others keep cluster, name and place.
+    A new image that is a near-duplicate of one that the run knows goes where that is; others get the vote of the
+    nearest landmarks, and none where noise was asked for and they lie apart. All others keep cluster, name and place.
     """
     old, count = run.state(), len(derived)
     touched = derived.store.changed_at[derived.rows] > run.facts["scan"]
@@ -48,13 +50,19 @@ def _voted(
     """Clusters, confidences and positions of images (places in `derived`) that the run does not know."""
     landmarks = Landmarks.load(run)
     features = unit_rows(derived.store.features(derived.backbone), derived.rows[fresh])
-    found = clusterer_of(run, old).predict_proba(features.numpy())
+    head = clusterer_of(run, old).network.head
+    cluster, confidence = np.zeros(len(fresh), dtype=np.int64), np.zeros(len(fresh), dtype=np.float32)
+    for start in range(0, len(fresh), CHUNK):
+        part = slice(start, start + CHUNK)
+        most, apart = head.predict(features[part]).max(dim=1), head.outlying(features[part])
+        confidence[part] = most.values.numpy()
+        cluster[part] = most.indices.numpy() if apart is None else most.indices.masked_fill(apart, NOISE).numpy()
     at = np.searchsorted(old.rows, landmarks.rows).clip(0, len(old.rows) - 1)
     there = np.flatnonzero(old.rows[at] == landmarks.rows)
     bank = torch.from_numpy(landmarks.x[there].astype(np.float32))
     values, places = knn(project(features, torch.from_numpy(landmarks.basis)), bank, k=min(3, len(bank)))
     positions = place(values.numpy(), places.numpy(), old.position[at[there]])
-    return found.argmax(1), found.max(1), positions
+    return cluster, confidence, positions
 
 
 def inherit(old: State, new: State) -> State:

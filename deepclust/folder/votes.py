@@ -17,8 +17,9 @@ from deepclust.estimates import Estimates
 from deepclust.eval.label_free import sample_rows
 from deepclust.eval.second_opinion import agreement, independent_clusterings
 from deepclust.folder.derived import NUM_NEIGHBORS, Derived, project
+from deepclust.folder.noise import NOISE_COLUMNS, Noise, outlier_neighbors
 from deepclust.folder.run import FolderRun
-from deepclust.folder.state import State
+from deepclust.folder.state import NOISE, State
 from deepclust.heads.votes import Votes
 from deepclust.model import Clusterer, Network
 from deepclust.npz import Column, Unreadable, read_columns
@@ -43,18 +44,29 @@ FEW = 10
 class Landmarks:
     """What a run keeps of the images that were clustered.
 
-    rows: (m,) int64 of the store. x: (m, P) float16 of length one. trust: (m,) float32. basis: (D, P) float32.
+    rows: (m,) int64 of the store. x: (m, P) of length one, float16, or float32 where noise is told by them. trust: (m,)
+    float32. basis: (D, P) float32. noise: what lies apart, None where that was not asked for or could not be told.
     """
 
     rows: np.ndarray
     x: np.ndarray
     trust: np.ndarray
     basis: np.ndarray
+    noise: Noise | None = None
+
+    @classmethod
+    def of(cls, derived: Derived, trust: np.ndarray, noise: bool) -> Landmarks:
+        """Those of what is derived of a store. noise: whether they shall tell what lies apart."""
+        told = derived.outliers if noise else None
+        x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
+        kept = x.astype(np.float16) if told is None else x  # half precision is too coarse to tell densities
+        return cls(derived.rows[derived.landmarks], kept, trust, derived.basis.numpy(), told)
 
     def save(self, path: Path) -> str:
         """Writes a file, whole or not at all, and gives its SHA-256."""
         buffer = io.BytesIO()
-        np.savez(buffer, rows=self.rows, x=self.x, trust=self.trust, basis=self.basis)
+        noise = {} if self.noise is None else {name: getattr(self.noise, name) for name in NOISE_COLUMNS}
+        np.savez(buffer, rows=self.rows, x=self.x, trust=self.trust, basis=self.basis, **noise)
         write_atomic(path, buffer.getvalue())
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
@@ -64,12 +76,14 @@ class Landmarks:
         settle_landmarks(run)
         path, wanted = run.path / FILE, run.facts.get("landmarks")
         try:
-            found = read_columns(path, COLUMNS)
+            found = read_columns(path, COLUMNS, NOISE_COLUMNS)
             if wanted is not None and _digest(path) != wanted:
                 raise Unreadable("was changed after it was written (SHA-256)")
         except Unreadable as error:
             raise DamagedLandmarks(f"{path} {error}; {run.append_command()} makes it anew") from error
-        return cls(*(found[name] for name in COLUMNS))
+        noise = {name: found[name] for name in NOISE_COLUMNS if name in found}
+        told = Noise(**noise) if len(noise) == len(NOISE_COLUMNS) else None
+        return cls(*(found[name] for name in COLUMNS), noise=told)
 
 
 class DamagedLandmarks(UserError):
@@ -104,7 +118,7 @@ def landmarks_again(run: FolderRun, derived: Derived, estimates: Estimates) -> N
     if found is not None:
         trust[:] = found.mean()
         trust[kept] = found
-    landmarks = Landmarks(rows, x.numpy().astype(np.float16), trust, derived.basis.numpy())
+    landmarks = Landmarks.of(derived, trust, run.facts["asked"].get("noise", False))
     run.facts["landmarks"] = landmarks.save(run.path / FILE)
     run.save()
 
@@ -140,14 +154,15 @@ def clusterer_of(run: FolderRun, state: State) -> Clusterer:
     """Features (N, D) in, clusters out; probabilities have a column for every id that was ever given.
 
     Landmarks carry the clusters that their images have now. A cluster without any gets some of its images as such;
-    noise and what was excluded has no vote.
+    noise and what was excluded has no vote. Where noise was asked for, the model tells it of other images too, unless
+    all that was found was put into clusters since.
     """
     landmarks = Landmarks.load(run)
     where = np.searchsorted(state.rows, landmarks.rows).clip(0, len(state.rows) - 1)
     there = state.rows[where] == landmarks.rows
     cluster = np.where(there & ~state.excluded[where], state.cluster[where], -1)
     kept = np.flatnonzero(cluster >= 0)
-    x, clusters, trust = landmarks.x[kept], cluster[kept], landmarks.trust[kept]
+    x, clusters, trust = landmarks.x[kept].astype(np.float16), cluster[kept], landmarks.trust[kept]
     basis = torch.from_numpy(landmarks.basis)
     for missing in sorted(set(state.ids) - set(clusters.tolist())):
         members = np.flatnonzero((state.cluster == missing) & ~state.excluded)
@@ -163,11 +178,19 @@ def clusterer_of(run: FolderRun, state: State) -> Clusterer:
         "num_components": basis.shape[1],
         "num_neighbors": NUM_NEIGHBORS,
     }
+    buffers = {"basis": basis, "anchors": x, "owners": clusters, "trust": trust}
+    noise = landmarks.noise
+    if noise is not None:
+        apart = np.where(there & ~state.excluded[where], state.cluster[where] == NOISE, noise.outlying)
+        if apart.any() or not noise.outlying.any():
+            head |= {"num_landmarks": len(apart), "outlier_neighbors": outlier_neighbors(len(apart))}
+            buffers |= {"landmarks": landmarks.x, "reach": noise.reach, "density": noise.density}
+            buffers |= {"limit": noise.limit, "apart": apart}
     dim, num = len(basis), max(state.next_id, 1)
     spec = {"backbone": {"_target_": "deepclust.backbones.identity"}, "head": head, "channels": dim, "size": 1}
     spec |= {"num_clusters": num, "clean": [], "view_size": [1, 1], "image_size": [1, 1], "mean": [0.0], "std": [1.0]}
-    votes = Votes(dim, num, num_anchors=len(x), num_components=basis.shape[1], num_neighbors=NUM_NEIGHBORS)
-    for name, values in (("basis", basis), ("anchors", x), ("owners", clusters), ("trust", trust)):
+    votes = Votes(dim, num, **{key: value for key, value in head.items() if key != "_target_"})
+    for name, values in buffers.items():
         buffer = getattr(votes, name)
         buffer.copy_(torch.as_tensor(values).to(buffer.dtype))
     from deepclust.backbones import identity

@@ -212,6 +212,15 @@ class Head(nn.Module):
         return self.predict(z)
 
     @property
+    def tells_noise(self) -> bool:
+        """Whether `outlying` may set samples apart."""
+        return False
+
+    def outlying(self, z: Tensor) -> Tensor | None:
+        """(B, D) to (B,) bool: which features are unlike all that have a cluster; None from a head that tells none."""
+        return None
+
+    @property
     def clusters(self) -> bool:
         """Whether `predict` gives clusters (False for a pretext)."""
         return type(self).predict is not Head.predict

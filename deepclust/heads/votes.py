@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deepclust.heads.base import Head, Output
 from deepclust.ops import knn
-from deepclust.schema import Count
+from deepclust.ops.outliers import Density, outlier_factors
+from deepclust.schema import Count, Natural
 
 SAME = 1e-4
 """An image whose cosine with an anchor is nearer to 1 than this has the anchor's cluster."""
@@ -24,12 +25,21 @@ class Votes(Head):
     num_anchors: M. num_neighbors: that vote. num_components: P, directions of features that count, D for all.
     Buffers: `basis` (D, P), `anchors` (M, P) float16 of length one, `owners` (M,) int64 in [0, K), `trust` (M,) from
     0 to 1, how far each anchor's cluster can be relied on: it makes the votes' shares confidences.
+
+    With num_landmarks L > 0 it also tells what lies apart, by local outlier factors among outlier_neighbors of the
+    landmarks: `landmarks` (L, P) of length one, their `reach` and `density` (L,) (see `ops.outliers.Density`), `apart`
+    (L,) bool, which of them do, and `limit`, the factor above which others do.
     """
 
     basis: Tensor
     anchors: Tensor
     owners: Tensor
     trust: Tensor
+    landmarks: Tensor
+    reach: Tensor
+    density: Tensor
+    apart: Tensor
+    limit: Tensor
 
     def __init__(
         self,
@@ -39,6 +49,8 @@ class Votes(Head):
         num_anchors: Count = 1,
         num_components: Count | None = None,
         num_neighbors: Count = 15,
+        num_landmarks: Natural = 0,
+        outlier_neighbors: Count = 20,
     ) -> None:
         super().__init__()
         self.num_clusters, self.num_neighbors = num_clusters, min(num_neighbors, num_anchors)
@@ -47,6 +59,13 @@ class Votes(Head):
         self.register_buffer("anchors", torch.zeros(num_anchors, size, dtype=torch.float16))
         self.register_buffer("owners", torch.zeros(num_anchors, dtype=torch.int64))
         self.register_buffer("trust", torch.ones(num_anchors))
+        self.outlier_neighbors = min(outlier_neighbors, num_landmarks)
+        if num_landmarks:
+            self.register_buffer("landmarks", torch.zeros(num_landmarks, size))
+            self.register_buffer("reach", torch.zeros(num_landmarks))
+            self.register_buffer("density", torch.ones(num_landmarks))
+            self.register_buffer("apart", torch.zeros(num_landmarks, dtype=torch.bool))
+            self.register_buffer("limit", torch.full((), torch.inf))
 
     def forward(self, z: Tensor, view: int) -> Output:
         """(B, D) to logits (B, K)."""
@@ -54,9 +73,34 @@ class Votes(Head):
 
     def predict(self, z: Tensor) -> Tensor:
         """(B, D) to (B, K) probabilities."""
-        rows = F.normalize(F.normalize(z.float(), dim=1) @ self.basis, dim=1)
-        values, places = knn(rows, self.anchors.float(), k=self.num_neighbors)
+        values, places = knn(self._directions(z), self.anchors.float(), k=self.num_neighbors)
         return vote(values, self.owners[places], self.trust[places], self.num_clusters)
+
+    @property
+    def tells_noise(self) -> bool:
+        """Whether there are landmarks that tell which rows lie apart."""
+        return bool(self.outlier_neighbors)
+
+    def outlying(self, z: Tensor) -> Tensor | None:
+        """(B, D) to (B,) bool: which lie apart; None where no landmarks tell."""
+        if not self.outlier_neighbors:
+            return None
+        known = Density(self.reach, self.density)
+        return apart(self._directions(z), self.landmarks, known, self.limit, self.apart, self.outlier_neighbors)
+
+    def _directions(self, z: Tensor) -> Tensor:
+        """(B, P) of length one."""
+        return F.normalize(F.normalize(z.float(), dim=1) @ self.basis, dim=1)
+
+
+def apart(x: Tensor, landmarks: Tensor, known: Density, limit: Tensor, outlying: Tensor, k: int) -> Tensor:
+    """(B,) bool: which unit rows (B, P) lie apart from unit landmarks (L, P), of which `outlying` (L,) do.
+
+    By their local outlier factor among k landmarks, if it is above the limit; what lies on a landmark does as that one.
+    """
+    factors, distance, nearest = outlier_factors(x, landmarks, known, k)
+    same = distance.square() < 2 * SAME  # of rows of length one: a cosine above 1 - SAME
+    return torch.where(same, outlying[nearest], factors > limit)
 
 
 def vote(similarities: Tensor, clusters: Tensor, trust: Tensor, num_clusters: int) -> Tensor:

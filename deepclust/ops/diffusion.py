@@ -25,6 +25,7 @@ from torch import Tensor
 from deepclust.ops import kmeans
 from deepclust.ops.agreement import normalized_mutual_information
 from deepclust.ops.neighbors import knn
+from deepclust.ops.precision import plain
 from deepclust.ops.spectral import graph_components, neighbor_graph, on_first_rank
 
 NEIGHBORS = (10, 15, 20, 30)
@@ -64,7 +65,7 @@ class Diffusion:
             raise ValueError(
                 f"{largest} clusters: choose from 1 to {num - 1}, there are {num} rows"
             )
-        x = F.normalize(features.float(), dim=1)
+        x = F.normalize(plain(features), dim=1)
         near = knn(x, x, k=min(max(NEIGHBORS), num - 1), exclude_self=True)[1].cpu().numpy()
         self.largest = largest
         # Of few rows several graphs would be the same.
@@ -127,7 +128,7 @@ def diffusion_clusters(
     def labels_of(rows: Tensor) -> Tensor:
         return Diffusion(rows, num_clusters).votes(num_clusters, seed=seed).argmax(dim=1)
 
-    return on_first_rank(labels_of, features.float(), group)
+    return on_first_rank(labels_of, plain(features), group)
 
 
 def agreed(clusterings: list[np.ndarray], num_clusters: int) -> np.ndarray:

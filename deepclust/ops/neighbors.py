@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.ops.collectives import all_sum, broadcast, gather_equal, gather_rows
-from deepclust.ops.precision import exact, plain
+from deepclust.ops.collectives import all_max, all_sum, broadcast, gather_equal, gather_rows
+from deepclust.ops.precision import computed_in, exact
 from deepclust.ops.search import (
     Found,
     Metric,
@@ -45,6 +45,9 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of the bank for every query, exact up to rounding; ties fall either way.
 
+    float16 and bfloat16 are computed in float32, whole numbers beyond 2^24 in float64, and both
+    arguments in float64 if one of them is.
+
     Extra memory does not grow with Q x N. On processors that multiply bfloat16 at twice the speed,
     such products propose neighbours; float32 decides, and searches anew where they prove too
     little. All pairs of long rows (`queries` is `bank`, D >= 1024, cosine or dot, no group) are
@@ -73,8 +76,9 @@ def knn(
     """
     search = _search_for(backend, approximate)
     same = queries is bank
-    queries = _prepare(queries, metric)
-    bank = queries if same else _prepare(bank, metric)
+    dtype = _dtype(queries, bank, group)
+    queries = _prepare(queries, metric, dtype)
+    bank = queries if same else _prepare(bank, metric, dtype)
     sizes = _check(queries, bank, k, metric, exclude_self, group)
     if metric == "euclidean":
         # A common shift leaves distances as they are and takes the cancellation out of
@@ -119,9 +123,20 @@ def _by_pieces(
             yield rows, best, column + start
 
 
-def _prepare(x: Tensor, metric: Metric) -> Tensor:
-    """Rows in float32 or float64, of length one for cosine."""
-    x = plain(torch.as_tensor(x))
+def _dtype(queries: Tensor, bank: Tensor, group: Any) -> torch.dtype:
+    """What is computed in: float64 if the rows of any rank want it."""
+    rows = [torch.as_tensor(queries), torch.as_tensor(bank)]
+    double = torch.float64 in [computed_in(x) for x in rows]
+    if group is not None and not rows[1].dtype.is_floating_point:
+        # Of whole numbers the largest decides, and another rank may hold it.
+        flag = torch.tensor(int(double), device=rows[1].device)
+        double = bool(all_max(flag, group))
+    return torch.float64 if double else torch.float32
+
+
+def _prepare(x: Tensor, metric: Metric, dtype: torch.dtype) -> Tensor:
+    """Rows in `dtype`, of length one for cosine."""
+    x = torch.as_tensor(x).to(dtype)
     if metric != "cosine" or not x.numel() or x.ndim != 2:
         return x
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)

@@ -7,6 +7,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,64 @@ def exact(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
+WHOLE = 2**24
+"""Up to here float32 tells all whole numbers apart; float64 does up to 2^53."""
+TOLD = 0.01
+"""What rounding may do to rows, as a share of how far they lie apart, before they count as not told apart."""
+
+
 def plain(x: Tensor) -> Tensor:
-    """x in float64 if it is that, else in float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    """float64 for float64 and for whole numbers beyond 2^24, such as times and ids; everything else as float32."""
+    return x.to(computed_in(x))
+
+
+def computed_in(x: Tensor | np.ndarray) -> torch.dtype:
+    """The dtype that real numbers are computed in, see `plain`; float32 on devices that have no float64."""
+    if isinstance(x, Tensor):
+        double = x.dtype == torch.float64
+        if x.device.type == "mps":
+            return torch.float32
+    else:
+        double = x.dtype.kind == "f" and x.dtype.itemsize >= 8
+    return torch.float64 if double or largest_whole(x) > WHOLE else torch.float32
+
+
+def largest_whole(x: Tensor | np.ndarray) -> int:
+    """The largest absolute value of whole numbers of four bytes or more; 0 of all others, which float32 holds."""
+    if isinstance(x, Tensor):
+        if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype.itemsize < 4 or not x.numel():
+            return 0
+        if x.dtype in (torch.int32, torch.int64):
+            return max(int(x.max()), -int(x.min()))
+        x = x.cpu().numpy()  # torch does little with unsigned numbers
+    if x.dtype.kind not in "iu" or x.dtype.itemsize < 4 or not x.size:
+        return 0
+    return max(int(x.max()), -int(x.min()))
+
+
+def as_rows(values: np.ndarray) -> np.ndarray:
+    """Rows (N, D) as float32; as float64 where float32 could not tell them apart: times, counts, far from zero."""
+    return values.astype(np.float64 if lost_by_float32(values) > TOLD else np.float32)
+
+
+def lost_by_float32(values: np.ndarray) -> float:
+    """What rounding rows (N, D) to float32 does to them, as a share of how far they lie from their mean, both in all.
+
+    0 where there is nothing to tell: rows that are all alike or not finite, dtypes that float32 holds. Infinite where
+    float32 overflows.
+    """
+    if computed_in(values) == torch.float32 or values.ndim != 2 or not len(values):
+        return 0.0
+    mean = values.mean(0, dtype=np.float64)
+    lost = spread = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(values), 65_536):
+            part = values[start : start + 65_536].astype(np.float64)
+            lost += float(np.square(part - part.astype(np.float32)).sum())
+            spread += float(np.square(part - mean).sum())
+    if spread == 0 or np.isnan(lost):
+        return 0.0
+    return (lost / spread) ** 0.5 if np.isfinite(lost) else np.inf
 
 
 def wide(x: Tensor) -> Tensor:

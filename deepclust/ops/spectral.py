@@ -15,6 +15,7 @@ from deepclust.ops import kmeans
 from deepclust.ops.collectives import broadcast, gather_rows
 from deepclust.ops.eigen import leading
 from deepclust.ops.neighbors import knn
+from deepclust.ops.precision import plain
 
 CHUNK = 2048
 """Rows whose shared neighbours are counted at a time."""
@@ -43,7 +44,7 @@ def spectral_clusters(
         embedding = spectral_embedding(rows, size, num_neighbors=num_neighbors, shared=shared)
         return kmeans(embedding, num_clusters, num_restarts=20, num_iters=100, seed=seed).labels
 
-    return on_first_rank(labels_of, F.normalize(features.float(), dim=1), group)
+    return on_first_rank(labels_of, F.normalize(plain(features), dim=1), group)
 
 
 def on_first_rank(labels_of: Callable[[Tensor], Tensor], rows: Tensor, group: Any = None) -> Tensor:

@@ -26,7 +26,8 @@ def pca_whiten(x: Any, num_components: int, *, group: dist.ProcessGroup | None =
         num_components: C, at most D.
 
     Returns:
-        (N, C), float64 for float64 rows, else float32; variances are over N - 1 rows of all ranks.
+        (N, C), float64 for rows that are float64 or whole numbers beyond 2^24, else float32; variances are over N - 1
+        rows of all ranks.
 
     Raises:
         ValueError: fewer than two rows, C out of range, NaN or infinite rows (named).

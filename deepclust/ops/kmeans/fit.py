@@ -17,6 +17,7 @@ from deepclust.ops.kmeans.lloyd import Settings, lloyd
 from deepclust.ops.kmeans.ranks import Ranks
 from deepclust.ops.kmeans.rows import Rows
 from deepclust.ops.kmeans.step import Assign
+from deepclust.ops.precision import computed_in
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -30,7 +31,7 @@ class KMeansResult:
     """Result of k-means; all fields belong to the same centroids, those of the best restart."""
 
     centroids: Tensor
-    """(…, K, D), float64 for float64 rows, else float32."""
+    """(…, K, D), float64 for rows that are float64 or whole numbers beyond 2^24, else float32."""
     labels: Tensor
     """(…, N) int64, the nearest centroid of every row of this rank."""
     inertia: Any
@@ -67,7 +68,7 @@ def kmeans(
     Args:
         x: (N, D) or a batch of problems (…, N, D): tensor, NumPy array or memory map of any real
             dtype and layout, or an iterable of (n, D) chunks that can be read again and again.
-            Half precision is computed in float32.
+            Half precision is computed in float32, whole numbers beyond 2^24 in float64.
         num_clusters: K, at most the number of rows of all ranks.
         init: "k-means++" (greedy, on a subsample), "k-means||" (Bahmani et al. 2012), "random"
             rows, or centroids (…, K, D).
@@ -120,6 +121,8 @@ def _batch(
     lead = tuple(x.shape[:-2])
     if 0 in lead:
         raise ValueError(f"x: expected at least one problem, got shape {tuple(x.shape)}")
+    if computed_in(x) == torch.float64:  # one dtype for all problems, whichever of them hold large numbers
+        x = x.double() if isinstance(x, Tensor) else x.astype(np.float64)
 
     def rows_of(index: tuple[int, ...]) -> Rows:
         some = None if weights is None else weights[index]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deepclust.ops.kmeans.ranks import Ranks
+from deepclust.ops.precision import computed_in
 
 BLOCK_BYTES = 16 << 20
 """Most bytes of a block that must be copied (another dtype, a memory map, a shift)."""
@@ -24,7 +25,8 @@ class Rows:
 
     Args:
         x: (N, D) tensor or array of any real dtype and layout, a memory map, or an iterable of such
-            chunks that gives a fresh pass every time `iter` is called on it.
+            chunks that gives a fresh pass every time `iter` is called on it. Whole
+            numbers beyond 2^24 are computed in float64.
         ranks: the process group over whose ranks the rows are spread.
         weights: (N,) non-negative sample weights, or None where all are one.
         block_size: rows per block; by default a block takes at most `BLOCK_BYTES`.
@@ -52,7 +54,7 @@ class Rows:
         # A rank may have no chunk at all: it learns the width and the dtype from the others.
         self.dim = ranks.max(0 if first is None else first.shape[1])
         self.device = first.device if isinstance(first, Tensor) else torch.device("cpu")
-        double = first is not None and str(first.dtype).removeprefix("torch.") == "float64"
+        double = first is not None and self._needs_double(first)
         self.dtype = torch.float64 if ranks.max(int(double)) else torch.float32
         # At least 256 rows: shorter blocks would spend their time on calls, however wide a row is.
         row_bytes = max(self.dim, 1) * self.dtype.itemsize
@@ -62,6 +64,13 @@ class Rows:
         self.num = 0
         self._scan()
         self.weights = self._check_weights(weights)
+
+    def _needs_double(self, first: Any) -> bool:
+        """Whether float32 would round whole numbers, or the rows are float64 themselves."""
+        if computed_in(first) == torch.float64:
+            return True
+        whole = not first.dtype.is_floating_point if isinstance(first, Tensor) else first.dtype.kind in "iu"
+        return whole and any(computed_in(chunk) == torch.float64 for chunk in self._chunks())
 
     def _chunks(self) -> Iterator[Any]:
         if isinstance(self.source, (Tensor, np.ndarray)):
