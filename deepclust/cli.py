@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deepclust.errors import TRACEBACK, UserError, in_short
+from deepclust.launched import rank
 from deepclust.signatures import near
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(text: str, code: int) -> int:
     """Prints to stderr, once under torchrun."""
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(text, file=sys.stderr)
     return code
 
@@ -208,7 +209,7 @@ def _failed(config: Any, error: Exception) -> int:
     """One line for a fault of the program; the traceback goes to the run's log, or to the screen if asked for."""
     log, text = config.folder() / "log.txt", traceback.format_exc()
     kept = False
-    if log.parent.is_dir() and os.environ.get("RANK", "0") == "0":
+    if log.parent.is_dir() and rank() == 0:
         try:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(text)
