@@ -168,6 +168,7 @@ def _stage(
             "finished": finished,
             "permanent": finished,
             "fingerprint": run.fingerprint,
+            "config": run.config.text(),
             "ranks": run.world.size,
             "seconds": before + time.perf_counter() - started,
         }

@@ -18,14 +18,18 @@ from deepclust.run_folder import RunFolder
 def nothing_to_do(config: RunConfig, folder: RunFolder, world: World, fingerprint: str) -> bool:
     """Shows a finished run's table again, and changes nothing. Rank 0 decides.
 
-    fingerprint: of the images. Raises UserError for a folder of another configuration, or of other images; a run that
-    failed before it saved anything is nothing to protect.
+    fingerprint: of the images. Raises UserError for a folder of another configuration, of one that nothing tells, or of
+    other images; a run that failed before it saved anything is nothing to protect.
     """
     finished, fault = False, ""
     worth_keeping = folder.finished or bool(checkpoint.listing(folder.checkpoints))
-    if world.is_main and worth_keeping and folder.previous_config is not None and folder.previous_status is not None:
-        changed = differences(folder.previous_config, config)
-        fault = _other_settings(folder, changed) if changed else _other_images(folder, fingerprint)
+    if world.is_main and worth_keeping:
+        before = folder.previous_config or _recorded(folder.checkpoints)
+        if before is None:
+            fault = _unknown_settings(folder)
+        else:
+            changed = differences(before, config)
+            fault = _other_settings(folder, changed) if changed else _other_images(folder, fingerprint)
         finished = folder.finished and not fault
     finished, fault = world.broadcast((finished, fault))
     if fault:
@@ -37,6 +41,23 @@ def nothing_to_do(config: RunConfig, folder: RunFolder, world: World, fingerprin
         loggers.message("This run is finished; run.new=true starts it over.")
         results.show(loggers, folder, json.loads((folder.path / "summary.json").read_text()))
     return finished
+
+
+def _recorded(checkpoints: Path) -> str | None:
+    """The configuration that the newest readable checkpoint was saved with; None where none tells."""
+    for path in reversed(checkpoint.listing(checkpoints)):
+        try:
+            return checkpoint.manifest(path)["meta"].get("config")
+        except checkpoint.CheckpointError:
+            continue
+    return None
+
+
+def _unknown_settings(folder: RunFolder) -> str:
+    return (
+        f"run.dir={folder.path} holds a run whose config.yaml is gone, and its checkpoints do not tell with which "
+        "settings it was trained. Bring config.yaml back, start over there with run.new=true, or choose run.name=NAME"
+    )
 
 
 def _other_settings(folder: RunFolder, changed: list[str]) -> str:
@@ -99,7 +120,8 @@ def _import_checkpoints(config: RunConfig, folder: RunFolder) -> list[str]:
             raise UserError(f"resume={config.resume}: {path}: {problems[0]}")
         shutil.copytree(path, folder.checkpoints / path.relative_to(root))
     old = root.parent / "config.yaml"
-    changed = differences(old.read_text(), config) if old.exists() else []
+    before = old.read_text() if old.exists() else _recorded(root)
+    changed = [] if before is None else differences(before, config)
     return [f"Continues {last}.", *(f"Changed since then: {line}" for line in changed)]
 
 

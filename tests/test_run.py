@@ -114,6 +114,43 @@ def test_other_settings_are_refused_with_the_difference(copy):
     assert contents(copy) == before
 
 
+def _forget_settings(folder):
+    """As checkpoints were that did not record them."""
+    for path in checkpoint.listing(folder / "checkpoints"):
+        manifest = checkpoint.manifest(path)
+        del manifest["meta"]["config"]
+        (path / checkpoint.MANIFEST).write_bytes(checkpoint._render(manifest))
+
+
+@pytest.mark.parametrize("gone", [["config.yaml"], ["config.yaml", "status.json"], ["status.json"]])
+def test_other_settings_are_refused_where_the_folder_no_longer_tells(copy, tmp_path, monkeypatch, gone):
+    stop_at(monkeypatch, 5)
+    assert small_run(tmp_path / "stopped") == 143
+    monkeypatch.undo()
+    for folder in (copy, tmp_path / "stopped"):
+        for name in gone:
+            (folder / name).unlink()
+        before = contents(folder)
+        with pytest.raises(UserError, match=r"seed: 0 -> 1\n(.|\n)*run\.new=true"):
+            small_run(folder, "seed=1")
+        assert contents(folder) == before
+    assert small_run(tmp_path / "stopped") == 0 and small_run(copy) == 0
+
+
+def test_checkpoints_that_do_not_tell_are_refused_only_without_config_yaml(copy, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 5)
+    assert small_run(tmp_path / "stopped") == 143
+    monkeypatch.undo()
+    for folder in (copy, tmp_path / "stopped"):
+        _forget_settings(folder)
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").unlink()
+        with pytest.raises(UserError, match=r"config.yaml is gone(.|\n)*Bring config.yaml back, .*run\.new=true"):
+            small_run(folder)
+        (folder / "config.yaml").write_text(text)
+        assert small_run(folder) == 0
+
+
 def test_a_run_that_failed_before_it_saved_anything_does_not_stand_in_the_way(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="batch_size=1"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from deepclust.errors import UserError
+from deepclust.launched import rank
 from deepclust.signatures import near
 
 OK = 0
@@ -70,6 +70,6 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 def say(text: str, code: int) -> int:
     """Prints to stderr and returns `code`."""
     # torchrun starts every rank with the same words, so all would say the same.
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         print(text, file=sys.stderr)
     return code

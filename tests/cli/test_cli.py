@@ -90,9 +90,37 @@ def test_a_fault_of_the_program_is_one_line_and_its_traceback_is_in_the_log(
     assert "Traceback" in capsys.readouterr().err
 
 
+GROUP = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 def test_only_the_first_rank_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in GROUP.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", "sed=1"]) == BAD_INPUT and capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "sed=1"]) == BAD_INPUT and "sed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [{"WORLD_SIZE": None}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": None}, {"MASTER_PORT": None}, {"RANK": "7"}]
+)
+@pytest.mark.parametrize("command", ["train", "predict"])
+def test_a_rank_without_a_group_hides_nothing(monkeypatch, capsys, tmp_path, trained, change, command):
+    for name, value in {**GROUP, **change}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    if command == "predict":
+        assert main(["predict", "nowhere", "photos"]) == BAD_INPUT
+        assert "nowhere: there is no such file or folder" in capsys.readouterr().err
+        return
+
+    def fail(config: RunConfig) -> int:
+        config.folder().mkdir()
+        raise ZeroDivisionError("so it is")
+
+    trained(fail)
+    assert main(["train", f"run.root={tmp_path}"]) == FAILED
+    assert "ZeroDivisionError: so it is" in capsys.readouterr().err
+    assert "Traceback" in (tmp_path / "scan-digits-0/log.txt").read_text()
 
 
 def test_sweeps_run_in_folders_of_their_own_and_stop_at_a_fault(trained, capsys, monkeypatch):
