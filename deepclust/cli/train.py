@@ -12,6 +12,7 @@ from typing import Any
 from deepclust.cli.help import help_text
 from deepclust.cli.parser import FAILED, OK, Parser, say
 from deepclust.errors import UserError, in_short
+from deepclust.launched import rank
 
 # The longest run.name that the configuration takes.
 LONGEST_NAME = 200
@@ -131,7 +132,7 @@ def _failed(config: Any, error: Exception) -> int:
 
 def _kept(log: Path, text: str) -> bool:
     """Appends to a run's log, on rank 0 alone. Returns whether it could."""
-    if not log.parent.is_dir() or os.environ.get("RANK", "0") != "0":
+    if not log.parent.is_dir() or rank() != 0:
         return False
     try:
         with open(log, "a", encoding="utf-8") as file:
