@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from deepclust.estimator import DeepClusterer
     from deepclust.model import Clusterer
-    from deepclust.trainer import Trainer
+    from deepclust.training.trainer import Trainer
 
-_HOMES = {"DeepClusterer": "estimator", "Clusterer": "model", "Trainer": "trainer"}
+_HOMES = {"DeepClusterer": "estimator", "Clusterer": "model", "Trainer": "training.trainer"}
 __all__ = ["Clusterer", "DeepClusterer", "Trainer"]
 
 

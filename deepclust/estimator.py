@@ -17,12 +17,13 @@ from deepclust.errors import UserError
 class DeepClusterer(ClusterMixin, BaseEstimator):
     """Clusters images with a recipe of the command line.
 
-    n_clusters: K; None takes the number of sub-folders of a labelled folder. recipe, backbone: names as in
-    `deepclust list recipe`; None leaves the recipe's own backbone. random_state: seed, an integer. run_dir: where the
-    run folder goes; None for a temporary one. overrides: further keys, {"stages.pretext.trainer.epochs": 20}.
+    n_clusters: K; None takes the number of sub-folders of a labelled folder. recipe, backbone:
+    names as in `deepclust list recipe`; None leaves the recipe's own backbone. random_state: seed,
+    an integer. run_dir: where the run folder goes; None for a temporary one. overrides: further
+    keys, {"stages.pretext.trainer.epochs": 20}.
 
-    After `fit`: labels_ (N,) int64, confidence_ (N,) float, model_ (`Clusterer`), summary_ (dict), skipped_ (list).
-    An image that could not be read has label -1.
+    After `fit`: labels_ (N,) int64, confidence_ (N,) float, model_ (`Clusterer`), summary_ (dict),
+    skipped_ (list). An image that could not be read has label -1.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
         self.verbose = verbose
 
     def fit(self, X: Any, y: Any = None) -> DeepClusterer:
-        """Trains on X: a folder of images, paths, Pillow images, an `ImageData`, or an array (see `Clusterer`).
+        """Trains on X: a folder of images, paths, Pillow images, an `ImageData`, or an array (see
+        `Clusterer`).
 
         y is ignored. Raises UserError for bad settings or images.
         """
-        from deepclust.config import load
+        from deepclust.config.load import load
         from deepclust.model import Clusterer
-        from deepclust.recipe import train
+        from deepclust.training.recipe import train
 
         data = as_data(X)
         with tempfile.TemporaryDirectory() as temporary:
@@ -70,7 +72,9 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
             words["backbone"] = self.backbone
         if self.n_clusters is not None:
             words["num_clusters"] = self.n_clusters
-        return [f"{key}={_text(value)}" for key, value in {**words, **(self.overrides or {})}.items()]
+        return [
+            f"{key}={_text(value)}" for key, value in {**words, **(self.overrides or {})}.items()
+        ]
 
     def _read(self, folder: Path) -> None:
         import csv
@@ -114,7 +118,11 @@ def as_data(X: Any) -> Any:
     if not isinstance(given, list):
         return datasets.from_arrays(given)
     pictures = [each for each in given if not isinstance(each, str)]
-    return datasets.from_pictures(pictures) if pictures else datasets.from_paths([str(path) for path in given])
+    return (
+        datasets.from_pictures(pictures)
+        if pictures
+        else datasets.from_paths([str(path) for path in given])
+    )
 
 
 def _text(value: Any) -> str:

@@ -13,27 +13,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepclust.data.view_ops import split_view
+from deepclust.config.augment import split_view
+from deepclust.config.targets import BACKBONES
 from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
 from deepclust.model_file import check_size, check_spec, mismatch
 from deepclust.ops.collectives import all_sum, world_size
-from deepclust.targets import BACKBONES
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from deepclust.data.views import ViewTransform
+    from deepclust.data.views.transform import ViewTransform
 
 FORMAT, NOISE_FORMAT = 1, 2
-"""Of model files; the second of those that tell noise, which earlier versions would put into clusters."""
+"""Of model files; the second of those that tell noise, which earlier versions would put into
+clusters.
+"""
 NOISE = -1
 UNTRAINED = {"pretrained": False, "weights": None}
 """What a backbone is told that gets its weights from elsewhere."""
 
 
 class Network(nn.Module):
-    """Backbone and head. A backbone without trainable parameters runs in eval mode and without gradient."""
+    """Backbone and head. A backbone without trainable parameters runs in eval mode and without
+    gradient.
+    """
 
     def __init__(self, backbone: nn.Module, head: Head) -> None:
         super().__init__()
@@ -46,23 +50,32 @@ class Network(nn.Module):
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Network:
-        """Training mode; a frozen backbone stays in eval mode, so that its batch statistics do not move."""
+        """Training mode; a frozen backbone stays in eval mode, so that its batch statistics do not
+        move.
+        """
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
         return self
 
-    def features(self, images: Tensor, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
+    def features(
+        self, images: Tensor, autocast: AbstractContextManager[Any] | None = None
+    ) -> Tensor:
         """(B, C, H, W) to (B, D) float32."""
         if images.device.type == "cuda" or images.shape[1] > 1:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast or nullcontext(), torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
+        with (
+            autocast or nullcontext(),
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen),
+        ):
             return self.backbone(images).float()
 
     def outputs(
         self, views: Mapping[int, Tensor], autocast: AbstractContextManager[Any] | None = None
     ) -> dict[int, Output]:
-        """The head's output of each view. Views of one resolution go through the backbone in one call."""
+        """The head's output of each view. Views of one resolution go through the backbone in one
+        call.
+        """
         outputs: dict[int, Output] = {}
         for shape in dict.fromkeys(view.shape[1:] for view in views.values()):
             numbers = [number for number, view in views.items() if view.shape[1:] == shape]
@@ -73,7 +86,9 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: Network, decay: float, buffers: bool = True) -> None:
-        """Moves towards the student: theta <- decay theta + (1 - decay) theta_student; buffers are copied if asked."""
+        """Moves towards the student: theta <- decay theta + (1 - decay) theta_student; buffers are
+        copied if asked.
+        """
         for mine, theirs in zip(self.parameters(), student.parameters()):
             mine.lerp_(theirs.to(mine.dtype), 1 - decay)
         own = {f"head.{name}" for name in self.head.training_buffers}
@@ -83,11 +98,17 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def average_batch_statistics(self, group: Any) -> None:
-        """Makes the running statistics of every BatchNorm the mean over ranks, so that ranks stay one model."""
+        """Makes the running statistics of every BatchNorm the mean over ranks, so that ranks stay
+        one model.
+        """
         if group is None:
             return
-        layers = [part for part in self.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        tensors = [t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None]
+        layers = [
+            part for part in self.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        ]
+        tensors = [
+            t for layer in layers for t in (layer.running_mean, layer.running_var) if t is not None
+        ]
         if tensors:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             all_sum(flat, group).div_(world_size(group))
@@ -98,16 +119,20 @@ class Network(nn.Module):
 class Clusterer:
     """A trained model: images in, clusters out. It holds no training state.
 
-    spec: plain JSON from which it is rebuilt: `backbone` and `head` (nodes with `_target_`), `size`, `channels` and
-    `num_clusters` (what their constructors are told), `clean` (a view's operations), `image_size` (of the pixels it is
-    given), `view_size`, `mean` and `std` (of the view).
+    spec: plain JSON from which it is rebuilt: `backbone` and `head` (nodes with `_target_`),
+    `size`, `channels` and `num_clusters` (what their constructors are told), `clean` (a view's
+    operations), `image_size` (of the pixels it is given), `view_size`, `mean` and `std` (of the
+    view).
 
-    Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C, H, W), one of them
-    as (H, W, 3); as a path to an image or a folder; as a Pillow image; as a list, array or generator of paths, Pillow
-    images or arrays of one shape; or as an `ImageSet`. A model of features takes float rows (N, D).
+    Images may be given as uint8 or [0, 1] float arrays or tensors (N, H, W), (N, H, W, C) or (N, C,
+    H, W), one of them as (H, W, 3); as a path to an image or a folder; as a Pillow image; as a
+    list, array or generator of paths, Pillow images or arrays of one shape; or as an `ImageSet`. A
+    model of features takes float rows (N, D).
     """
 
-    def __init__(self, network: Network, spec: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: Network, spec: Mapping[str, Any], device: torch.device | str = "cpu"
+    ) -> None:
         self.spec = dict(spec)
         self.device = torch.device(device)
         self.network = network.to(self.device).eval()
@@ -115,7 +140,7 @@ class Clusterer:
     @cached_property
     def view(self) -> ViewTransform:
         """Pixels as they are read to what the backbone is fed."""
-        from deepclust.data.views import ViewTransform
+        from deepclust.data.views.transform import ViewTransform
 
         size = self.spec["view_size"]
         size = size if isinstance(size, int) else tuple(size)
@@ -131,11 +156,15 @@ class Clusterer:
         return self._apply(images, batch_size, self.network.features)
 
     def predict_proba(self, images: Any, batch_size: int = 256) -> np.ndarray:
-        """(N, K) float32 probabilities of clusters; a row's largest is the confidence. Noise has some too."""
+        """(N, K) float32 probabilities of clusters; a row's largest is the confidence. Noise has
+        some too.
+        """
         return self._apply(images, batch_size, self.probabilities)
 
     def predict(self, images: Any, batch_size: int = 256) -> np.ndarray:
-        """(N,) int64 clusters; -1 for images that are unlike all others, of a model that tells those (`--noise`)."""
+        """(N,) int64 clusters; -1 for images that are unlike all others, of a model that tells
+        those (`--noise`).
+        """
         return self._apply(images, batch_size, lambda view: self.assigned(view)[0])
 
     @torch.no_grad()
@@ -152,12 +181,16 @@ class Clusterer:
         return cluster if apart is None else cluster.masked_fill(apart, NOISE), confidence
 
     @torch.no_grad()
-    def _apply(self, images: Any, batch_size: int, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+    def _apply(
+        self, images: Any, batch_size: int, function: Callable[[Tensor], Tensor]
+    ) -> np.ndarray:
         parts = [function(self._view(pixels)).cpu() for pixels in self._batches(images, batch_size)]
         return torch.cat(parts).numpy()
 
     def _view(self, pixels: Tensor) -> Tensor:
-        return self.view.batch(pixels.to(self.device), torch.zeros(len(pixels), dtype=torch.int64, device=self.device))
+        return self.view.batch(
+            pixels.to(self.device), torch.zeros(len(pixels), dtype=torch.int64, device=self.device)
+        )
 
     def _batches(self, images: Any, batch_size: int) -> Iterator[Tensor]:
         """(b, C, H, W) uint8 with this model's number of channels."""
@@ -168,7 +201,9 @@ class Clusterer:
 
         if isinstance(images, ImageSet):
             for start in range(0, len(images), batch_size):
-                yield torch.stack([images.read(row) for row in range(start, min(start + batch_size, len(images)))])
+                yield torch.stack(
+                    [images.read(row) for row in range(start, min(start + batch_size, len(images)))]
+                )
             return
         given = image_paths(images) if isinstance(images, str | Path) else gathered(images)
         if isinstance(given, list):
@@ -177,7 +212,9 @@ class Clusterer:
         elif given.ndim == 2 and list(self.spec["image_size"]) == [1, 1]:
             rows, wanted = as_features(given, least=1), self.spec["channels"]
             if rows.shape[1] != wanted:
-                raise UserError(f"features have {rows.shape[1]} columns; this model was trained on {wanted}")
+                raise UserError(
+                    f"features have {rows.shape[1]} columns; this model was trained on {wanted}"
+                )
             yield from rows.split(batch_size)
         else:
             pixels = as_images(given, 1, self.spec["channels"])
@@ -199,18 +236,25 @@ class Clusterer:
         """Writes one safetensors file: weights, and the spec as its metadata."""
         from safetensors.torch import save
 
-        from deepclust.run_folder import write_atomic
+        from deepclust.runtime.files import write_atomic
 
         training = {f"head.{name}" for name in self.network.head.training_buffers}
-        weights = {n: t.contiguous().cpu() for n, t in self.network.state_dict().items() if n not in training}
+        weights = {
+            n: t.contiguous().cpu()
+            for n, t in self.network.state_dict().items()
+            if n not in training
+        }
         version = NOISE_FORMAT if self.network.head.tells_noise else FORMAT
         spec = {**self.spec, "format": version}
-        # One entry: safetensors writes several in any order, and the same model would be another file.
+        # One entry: safetensors writes several in any order, and the same model would be another
+        # file.
         text = json.dumps({**spec, "sha256": _digest(spec, weights)})
         write_atomic(Path(path), save(weights, {"deepclust": text}))
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()) -> Clusterer:
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+    ) -> Clusterer:
         """Reads what `save` wrote; a run folder stands for the model in it.
 
         A model runs no code but ours and that of the modules that `trust` names, and no word of it
@@ -250,7 +294,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         digest = _digest(spec, weights)
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a model: {why}. Give a run folder or model.safetensors") from None
+        raise UserError(
+            f"{path} is not a model: {why}. Give a run folder or model.safetensors"
+        ) from None
     version = spec.get("format") if isinstance(spec, dict) else None
     if not isinstance(version, int) or not 1 <= version <= NOISE_FORMAT:
         advice = "update deepclust, or train again"
@@ -264,9 +310,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _digest(spec: Any, weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of a model file's content: a flipped bit of a weight would load silently."""
-    from deepclust.checkpoint import digest_state
+    from deepclust.runtime.checkpoint import digest_state
 
-    return digest_state({"model": {"spec": json.dumps(spec, sort_keys=True), "weights": dict(weights)}})["model"]
+    return digest_state(
+        {"model": {"spec": json.dumps(spec, sort_keys=True), "weights": dict(weights)}}
+    )["model"]
 
 
 def build_network(
@@ -282,7 +330,7 @@ def build_network(
 
     `pretrained=False` fetches and reads no pretrained weights: they are about to be overwritten.
     """
-    from deepclust.config import build
+    from deepclust.config.build import build
 
     node = dict(backbone)
     if not pretrained and (node.get("_target_") in BACKBONES or "pretrained" in node):
@@ -294,16 +342,20 @@ def build_network(
     return Network(body, top)
 
 
-def view_size(backbone: nn.Module, augment: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of views that have no size of their own: the configured one, else what a pretrained backbone
-    wants, else `size`, the images'."""
+def view_size(
+    backbone: nn.Module, augment: Mapping[str, Any], size: tuple[int, int]
+) -> tuple[int, int]:
+    """(height, width) of views that have no size of their own: the configured one, else what a
+    pretrained backbone wants, else `size`, the images'."""
     own = getattr(backbone, "preprocess", None)
     side = augment.get("size") or (own.size if own else None)
     return (side, side) if side else size
 
 
 def feeding(backbone: nn.Module, augment: Mapping[str, Any], images: Any) -> dict[str, Any]:
-    """How clean images are fed, for a model's spec; a pretrained backbone's own statistics go before the data's."""
+    """How clean images are fed, for a model's spec; a pretrained backbone's own statistics go
+    before the data's.
+    """
     own = getattr(backbone, "preprocess", None) or images
     clean, size = split_view(augment["views"]["clean"], view_size(backbone, augment, images.size))
     statistics = {"mean": list(own.mean), "std": list(own.std)}
@@ -323,7 +375,9 @@ def image_paths(images: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """(N, C, H, W) uint8 to the given number of channels: grey is repeated, colour becomes its luma (ITU-R 601)."""
+    """(N, C, H, W) uint8 to the given number of channels: grey is repeated, colour becomes its luma
+    (ITU-R 601).
+    """
     if images.shape[1] == channels:
         return images
     if channels == 3:

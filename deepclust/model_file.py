@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as registry
 
-from deepclust.errors import UserError
-from deepclust.schema import Positive, Range
-from deepclust.signatures import check_node, check_value, signature, unknown_key
+from deepclust.config.signature import check_node, check_value, signature
+from deepclust.errors import UserError, unknown_key
+from deepclust.types import Positive, Range
 
 MAX_SIDE = 8192
 Side = Annotated[int, Range(ge=1, le=8192)]
@@ -37,7 +37,9 @@ class Sizes:
     std: list[Positive]
 
 
-def check_spec(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def check_spec(
+    spec: Mapping[str, Any], trust: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The nodes of backbone and head. Raises UserError, in one line, with all that is wrong.
 
     Nothing that the description names is imported or built.
@@ -46,7 +48,9 @@ def check_spec(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[dict
     known = signature(f"{__name__}.Sizes").parameters
     valid = ("backbone", "head", "clean", *known)
     problems += [unknown_key("", key, spec[key], valid) for key in spec if key not in valid]
-    sizes = {key: check_value(item.kind, spec.get(key), key, problems) for key, item in known.items()}
+    sizes = {
+        key: check_value(item.kind, spec.get(key), key, problems) for key, item in known.items()
+    }
     nodes = []
     for key in ("backbone", "head"):
         node = spec.get(key)
@@ -68,7 +72,7 @@ def check_spec(spec: Mapping[str, Any], trust: Sequence[str] = ()) -> tuple[dict
 
 def _check_view(clean: Any, sizes: Mapping[str, Any]) -> list[str]:
     """What is wrong with the operations that make the clean view."""
-    from deepclust.data.views import ViewTransform
+    from deepclust.data.views.transform import ViewTransform
 
     if _largest(clean) > MAX_SIDE:
         return [f"clean must not hold numbers above {MAX_SIDE}"]

@@ -1,4 +1,6 @@
-"""Small whole runs, for tests of what a run promises: 60 digits, two epochs a stage, in this process."""
+"""Small whole runs, for tests of what a run promises: 60 digits, two epochs a stage, in this
+process.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from deepclust import checkpoint
-from deepclust.config import RunConfig, load
+from deepclust.config.load import load
+from deepclust.config.run_config import RunConfig
 from deepclust.data.datasets import digits, from_arrays
 from deepclust.data.image_set import ImageData
-from deepclust.recipe import train
-from deepclust.signals import StopRequest
+from deepclust.runtime import checkpoint
+from deepclust.runtime.signals import StopRequest
+from deepclust.training.recipe import train
 
 STAGES = ("pretext", "scan", "selflabel")
 SMALL = (
@@ -25,7 +28,11 @@ SMALL = (
     "trainer.num_workers=0",
     "trainer.log_every_steps=1",
     "backbone.width=8",
-    *(f"stages.{stage}.trainer.{word}" for stage in STAGES for word in ("epochs=2", "num_images=null")),
+    *(
+        f"stages.{stage}.trainer.{word}"
+        for stage in STAGES
+        for word in ("epochs=2", "num_images=null")
+    ),
     "stages.pretext.optim.warmup_steps=2",
     "stages.scan.head.num_neighbors=5",
     "stages.scan.head.num_heads=2",
@@ -58,7 +65,9 @@ def small_run(folder: Path, *more: str, data: ImageData | None = None) -> int:
     """Runs it in this process; the exit code."""
     config = _composed(*words(Path("any"), *more))
     run = {**config.tree["run"], "dir": str(folder)}
-    config = replace(config, run=replace(config.run, dir=str(folder)), tree={**config.tree, "run": run})
+    config = replace(
+        config, run=replace(config.run, dir=str(folder)), tree={**config.tree, "run": run}
+    )
     return train(config, data or small_data())
 
 
@@ -74,7 +83,9 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on where it was stopped: bytes, digests and figures."""
+    """Everything of a finished run that must not depend on where it was stopped: bytes, digests and
+    figures.
+    """
     ends: dict[str, Any] = {}
     for path in checkpoint.listing(folder / "checkpoints"):
         if checkpoint.manifest(path)["meta"]["finished"]:
@@ -82,11 +93,17 @@ def outcome(folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         del row["images_per_second"]
-    return {**{name: (folder / name).read_bytes() for name in RESULTS}, "ends": ends, "metrics": rows}
+    return {
+        **{name: (folder / name).read_bytes() for name in RESULTS},
+        "ends": ends,
+        "metrics": rows,
+    }
 
 
 def stop_at(monkeypatch: Any, poll: int) -> None:
-    """Asks the next runs to stop at their `poll`-th look: one after each step and one before each long section."""
+    """Asks the next runs to stop at their `poll`-th look: one after each step and one before each
+    long section.
+    """
     polls = iter(range(1, 10**6))
 
     class StopAt(StopRequest):
@@ -98,4 +115,4 @@ def stop_at(monkeypatch: Any, poll: int) -> None:
         def requested(self, value: bool) -> None:
             self._asked = value
 
-    monkeypatch.setattr("deepclust.recipe.StopRequest", StopAt)
+    monkeypatch.setattr("deepclust.training.recipe.StopRequest", StopAt)

@@ -57,14 +57,34 @@ def _nodes(folder: Path) -> dict[str, dict[str, Any]]:
         "open": {"_target_": "builtins.open", "file": canary, "mode": "w"},
         "alias": {"_target_": "deepclust.heads.scan.torch.load", "f": evil, "weights_only": False},
         "method": {"_target_": "deepclust.heads.scan.torch.serialization.load", "f": evil},
-        "own function": {"_target_": "deepclust.run_folder.write_atomic", "path": canary, "data": "x"},
-        "own writer": {"_target_": "deepclust.data.store_writer.connect", "file": canary, "mode": "rwc"},
-        "own runner": {"_target_": "deepclust.own_code.load_function", "name": "os:getcwd", "option": ""},
+        "own function": {
+            "_target_": "deepclust.runtime.files.write_atomic",
+            "path": canary,
+            "data": "x",
+        },
+        "own writer": {
+            "_target_": "deepclust.data.store_writer.connect",
+            "file": canary,
+            "mode": "rwc",
+        },
+        "own runner": {
+            "_target_": "deepclust.runtime.own_code.load_function",
+            "name": "os:getcwd",
+            "option": "",
+        },
         "command": {"_target_": "deepclust.cli.main", "arguments": ["--help"]},
         "module": {"_target_": "torch.jit.load", "f": evil},
         "optimizer": {"_target_": "torch.optim.SGD", "params": []},
-        "factory": {"_target_": "timm.create_model", "model_name": "resnet18", "checkpoint_path": evil},
-        "torchvision": {"_target_": "torchvision.models.get_model", "name": "resnet18", "weights": "DEFAULT"},
+        "factory": {
+            "_target_": "timm.create_model",
+            "model_name": "resnet18",
+            "checkpoint_path": evil,
+        },
+        "torchvision": {
+            "_target_": "torchvision.models.get_model",
+            "name": "resnet18",
+            "weights": "DEFAULT",
+        },
     }
 
 

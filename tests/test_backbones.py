@@ -27,7 +27,11 @@ def test_resnets_keep_the_resolution_of_small_images(depth):
     assert net.body.maxpool(stem).shape[-1] == 32
     reference = torchvision.models.get_model(f"resnet{depth}")
     own = {name: value.shape for name, value in net.body.state_dict().items()}
-    theirs = {name: value.shape for name, value in reference.state_dict().items() if not name.startswith("fc.")}
+    theirs = {
+        name: value.shape
+        for name, value in reference.state_dict().items()
+        if not name.startswith("fc.")
+    }
     assert {name for name in theirs if own[name] != theirs[name]} == {"conv1.weight"}
 
 
@@ -40,10 +44,15 @@ def test_timm_models_by_name_and_weights_from_a_local_file(tmp_path):
 
     whole = timm.create_model("resnet10t", pretrained=False)
     save_file(
-        {name: value.contiguous() for name, value in whole.state_dict().items()}, tmp_path / "weights.safetensors"
+        {name: value.contiguous() for name, value in whole.state_dict().items()},
+        tmp_path / "weights.safetensors",
     )
     loaded = timm_backbone(3, name="resnet10t", weights=str(tmp_path / "weights.safetensors"))
-    assert loaded.preprocess is not None and len(loaded.preprocess.mean) == 3 and loaded.preprocess.size
+    assert (
+        loaded.preprocess is not None
+        and len(loaded.preprocess.mean) == 3
+        and loaded.preprocess.size
+    )
     for name, value in loaded.body.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
     grey = timm_backbone(1, name="resnet10t", weights=str(tmp_path / "weights.safetensors"))
@@ -76,7 +85,9 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 
 def test_freezing_by_part():
     net = cifar_resnet(3, freeze=["conv1", "layer1"])
-    frozen = {name.split(".")[0] for name, value in net.body.named_parameters() if not value.requires_grad}
+    frozen = {
+        name.split(".")[0] for name, value in net.body.named_parameters() if not value.requires_grad
+    }
     assert frozen == {"conv1", "layer1"}
     assert not any(value.requires_grad for value in cifar_resnet(3, freeze=[""]).parameters())
     with pytest.raises(UserError, match=r"layer9.*layer4"):
@@ -100,13 +111,26 @@ def test_small_nets_give_as_many_features_for_smaller_crops(size):
 def test_resnets_and_pooled_timm_models_take_crops_of_any_size():
     for net in (cifar_resnet(3), timm_backbone(3, name="resnet10t")):
         for side in (32, 18):
-            assert net(torch.randn(1, 3, side, side).repeat(2, 1, 1, 1)).shape == (2, net.num_features)
+            assert net(torch.randn(1, 3, side, side).repeat(2, 1, 1, 1)).shape == (
+                2,
+                net.num_features,
+            )
 
 
 def moco_checkpoint(path, net, **more):
-    """A file as MoCo's code writes it: the query encoder below its prefix, its projection head in place of fc."""
-    state = {f"module.encoder_q.{key}": value for key, value in net.state_dict().items() if not key.startswith("fc.")}
-    head = {f"module.encoder_q.fc.{layer}.{kind}": torch.zeros(3) for layer in (0, 2) for kind in ("weight", "bias")}
+    """A file as MoCo's code writes it: the query encoder below its prefix, its projection head in
+    place of fc.
+    """
+    state = {
+        f"module.encoder_q.{key}": value
+        for key, value in net.state_dict().items()
+        if not key.startswith("fc.")
+    }
+    head = {
+        f"module.encoder_q.fc.{layer}.{kind}": torch.zeros(3)
+        for layer in (0, 2)
+        for kind in ("weight", "bias")
+    }
     torch.save({"epoch": 800, "arch": "resnet18", "state_dict": {**state, **head, **more}}, path)
     return state
 
@@ -126,7 +150,9 @@ def test_a_moco_checkpoint_loads_whole_and_says_so(tmp_path):
     with torch.no_grad():
         assert timm_backbone(1, name="resnet18", weights=str(path))(images[:, :1]).shape == (2, 512)
     moco_checkpoint(path, net, **{"module.encoder_q.layer5.0.conv1.weight": torch.zeros(3)})
-    with pytest.raises(UserError, match=r"100 of 100 tensors .* not of this network: layer5\.0\.conv1\.weight"):
+    with pytest.raises(
+        UserError, match=r"100 of 100 tensors .* not of this network: layer5\.0\.conv1\.weight"
+    ):
         timm_backbone(3, name="resnet18", weights=str(path))
     with pytest.raises(UserError, match=r"100 of 180 tensors .*missing: layer1\.2\.conv1\.weight"):
         timm_backbone(3, name="resnet34", weights=str(path))
@@ -141,13 +167,20 @@ def test_sobel_filters_are_those_of_scipy():
     for image, (across, down) in zip(images.double().mean(1), edges):
         for axis, ours in ((1, across), (0, down)):
             theirs = ndimage.sobel(image.numpy(), axis=axis, mode="constant")
-            torch.testing.assert_close(ours.double(), -torch.from_numpy(theirs), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                ours.double(), -torch.from_numpy(theirs), atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_nets_on_edges_see_no_colour(channels):
-    """The filter is in the model and has no weights of its own; which colour is which does not matter."""
-    for net in (cifar_resnet(channels, sobel=True), timm_backbone(channels, name="resnet10t", sobel=True)):
+    """The filter is in the model and has no weights of its own; which colour is which does not
+    matter.
+    """
+    for net in (
+        cifar_resnet(channels, sobel=True),
+        timm_backbone(channels, name="resnet10t", sobel=True),
+    ):
         assert net.eval()(torch.randn(2, channels, 32, 32)).shape == (2, net.num_features)
         assert not any(name.startswith("edges") for name in net.state_dict())
     images = torch.randn(2, 3, 8, 8)
@@ -181,7 +214,9 @@ def test_classic_nets_may_end_after_their_last_relu(name):
 
 
 @pytest.mark.parametrize("reached", [True, False])
-def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch, reached: bool) -> None:
+def test_a_hub_out_of_reach_is_not_asked_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, reached: bool
+) -> None:
     from contextlib import nullcontext
 
     from huggingface_hub import constants

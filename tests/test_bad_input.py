@@ -1,4 +1,6 @@
-"""Bad input through the command line: one clear message, exit code 2, no traceback, and nothing lost."""
+"""Bad input through the command line: one clear message, exit code 2, no traceback, and nothing
+lost.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,17 @@ from tests.runs import pixels, small_run, words
 
 @pytest.fixture
 def said(capsys):
-    """What was said on stderr since the last call, checked to be words and not a traceback or an exception's name."""
+    """What was said on stderr since the last call, checked to be words and not a traceback or an
+    exception's name.
+    """
 
     def read():
         text = capsys.readouterr().err
-        assert text.strip() and "Traceback" not in text and not re.search(r"\w(Error|Exception):", text), text
+        assert (
+            text.strip()
+            and "Traceback" not in text
+            and not re.search(r"\w(Error|Exception):", text)
+        ), text
         return text
 
     return read
@@ -34,20 +42,29 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(12):
-        Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
-            folder / f"{number}.png"
-        )
+        Image.fromarray(
+            np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        ).save(folder / f"{number}.png")
     return folder
 
 
 def command(tmp_path, *more, clusters=3):
     """A small run over `tmp_path/photos`."""
-    found = [word for word in words(tmp_path / "run", *more) if not word.startswith("num_clusters=4")]
+    found = [
+        word for word in words(tmp_path / "run", *more) if not word.startswith("num_clusters=4")
+    ]
     place = [f"num_clusters={clusters}"] if clusters is not None else []
-    return ["train", *found, *place, "data=image_folder", f"data.root={tmp_path}/photos", "data.size=16"]
+    return [
+        "train",
+        *found,
+        *place,
+        "data=image_folder",
+        f"data.root={tmp_path}/photos",
+        "data.size=16",
+    ]
 
 
-# ------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------------- se
 
 BAD_SETTINGS = {
     "stages.pretext.optim.lr=abc": "stages.pretext.optim.lr=abc",
@@ -83,7 +100,7 @@ def test_a_bad_setting_alone(photos, tmp_path, said, word):
     assert not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- im
 
 
 def test_an_empty_folder_and_a_folder_that_is_not_there(tmp_path, said):
@@ -112,9 +129,12 @@ def test_one_image_or_none_that_can_be_read(photos, tmp_path, said):
 
 
 @pytest.mark.parametrize(
-    ("clusters", "words_"), [(13, "num_clusters=13 is more than the 12 images"), (None, "num_clusters is needed")]
+    ("clusters", "words_"),
+    [(13, "num_clusters=13 is more than the 12 images"), (None, "num_clusters is needed")],
 )
-def test_more_clusters_than_images_and_no_number_of_clusters(photos, tmp_path, said, clusters, words_):
+def test_more_clusters_than_images_and_no_number_of_clusters(
+    photos, tmp_path, said, clusters, words_
+):
     assert main(command(tmp_path, clusters=clusters)) == 2
     assert words_ in said()
     assert not (tmp_path / "run").exists()
@@ -149,14 +169,22 @@ def test_an_image_that_goes_bad_during_the_run_is_left_out(photos, tmp_path, mon
         return original(self, row)
 
     monkeypatch.setattr(ImageSet, "read", read)
-    assert main([*command(tmp_path, "eval.gallery_images=1", "trainer.batch_size=6"), "data.memory_mb=0"]) == 0
+    assert (
+        main(
+            [
+                *command(tmp_path, "eval.gallery_images=1", "trainer.batch_size=6"),
+                "data.memory_mb=0",
+            ]
+        )
+        == 0
+    )
     with open(tmp_path / "run" / "clusters.csv", newline="") as file:
         rows = {row["path"]: row["cluster"] for row in csv.DictReader(file)}
     assert [path for path, cluster in rows.items() if cluster == ""] == ["4.png"]
     assert "4.png could not be read" in (tmp_path / "run" / "log.txt").read_text()
 
 
-# ------------------------------------------------------------------------------------------- odd numbers
+# ------------------------------------------------------------------------------------------- od
 
 
 def test_one_image_more_than_batches_hold(tmp_path):
@@ -165,7 +193,10 @@ def test_one_image_more_than_batches_hold(tmp_path):
 
 @pytest.mark.parametrize("clusters", [1, 12])
 def test_one_cluster_and_one_for_each_image(photos, tmp_path, clusters):
-    assert main(command(tmp_path, "eval.baselines=[kmeans,gmm,spectral,tsne_gmm]", clusters=clusters)) == 0
+    assert (
+        main(command(tmp_path, "eval.baselines=[kmeans,gmm,spectral,tsne_gmm]", clusters=clusters))
+        == 0
+    )
     model = tmp_path / "run" / "model.safetensors"
     assert b"NaN" not in model.read_bytes()[:4096]
     with open(tmp_path / "run" / "clusters.csv", newline="") as file:
@@ -178,7 +209,11 @@ def test_two_images(tmp_path):
 
 @pytest.mark.parametrize("kind", ["constant", "duplicates"])
 def test_images_that_are_all_alike_raise_the_alarm_and_no_nan(tmp_path, kind):
-    images = np.full((30, 1, 8, 8), 128, np.uint8) if kind == "constant" else np.repeat(pixels(1), 30, axis=0)
+    images = (
+        np.full((30, 1, 8, 8), 128, np.uint8)
+        if kind == "constant"
+        else np.repeat(pixels(1), 30, axis=0)
+    )
     assert small_run(tmp_path / "run", "eval.baselines=all", data=from_arrays(images)) == 0
     assert "Collapse alarm" in (tmp_path / "run" / "log.txt").read_text()
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
@@ -193,12 +228,21 @@ def test_a_batch_of_one_is_refused_in_words(photos, tmp_path, said):
 
 
 def test_a_loss_that_explodes_says_what_to_try(photos, tmp_path, said):
-    assert main([*command(tmp_path), "stages.pretext.optim.lr=1e30", "stages.pretext.optim.warmup_steps=0"]) == 2
+    assert (
+        main(
+            [
+                *command(tmp_path),
+                "stages.pretext.optim.lr=1e30",
+                "stages.pretext.optim.warmup_steps=0",
+            ]
+        )
+        == 2
+    )
     assert "optim.lr" in said()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
 
 
-# ------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- pl
 
 
 def test_no_place_to_write(photos, tmp_path, said):
@@ -228,7 +272,7 @@ def test_links_do_not_lead_out_of_the_run_folder(photos, tmp_path, said):
     assert not list((tmp_path / "other").iterdir())
 
 
-# ------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- mo
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +310,9 @@ def damaged(path, kind):
         content[3] ^= 255
     elif kind == "truncated":
         content = content[:-10]
-    return {"empty": b"", "text": b"not a model at all", "zeros": bytes(500)}.get(kind, bytes(content))
+    return {"empty": b"", "text": b"not a model at all", "zeros": bytes(500)}.get(
+        kind, bytes(content)
+    )
 
 
 @pytest.mark.parametrize("kind", ["bit", "header", "length", "truncated", "empty", "text", "zeros"])
@@ -282,9 +328,25 @@ def test_somebody_elses_weights_are_no_model(photos, tmp_path, said):
     import torch
     from safetensors.torch import save_file
 
-    for metadata in (None, {"deepclust": "[]"}, {"deepclust": "{}"}, {"deepclust": '{"format": 99}'}):
+    for metadata in (
+        None,
+        {"deepclust": "[]"},
+        {"deepclust": "{}"},
+        {"deepclust": '{"format": 99}'},
+    ):
         save_file({"weight": torch.zeros(3)}, tmp_path / "x.safetensors", metadata)
-        assert main(["predict", str(tmp_path / "x.safetensors"), str(photos), "-o", str(tmp_path / "out.csv")]) == 2
+        assert (
+            main(
+                [
+                    "predict",
+                    str(tmp_path / "x.safetensors"),
+                    str(photos),
+                    "-o",
+                    str(tmp_path / "out.csv"),
+                ]
+            )
+            == 2
+        )
         assert "x.safetensors" in said()
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints: what is loaded is what was saved, whatever kills the process or damages the files in between."""
+"""Checkpoints: what is loaded is what was saved, whatever kills the process or damages the files in
+between.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ from typing import Any
 import pytest
 import torch
 
-from deepclust import checkpoint
-from deepclust.checkpoint import CheckpointError
+from deepclust.runtime import checkpoint
+from deepclust.runtime.checkpoint import CheckpointError
 
 
 def make_state(seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(4, 3, generator=generator)
-    model = {"weight": weights, "count": torch.tensor(seed), "half": weights.bfloat16(), "mask": weights > 0}
+    model = {
+        "weight": weights,
+        "count": torch.tensor(seed),
+        "half": weights.bfloat16(),
+        "mask": weights > 0,
+    }
     optimizer = {
         "state": {0: {"exp_avg": weights * 2}},
         "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}],
@@ -41,7 +48,9 @@ def make_state(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def save(root: Path, step: int, stage: str = "00-pretext", seed: int | None = None, **meta: Any) -> Path:
+def save(
+    root: Path, step: int, stage: str = "00-pretext", seed: int | None = None, **meta: Any
+) -> Path:
     state = make_state(step if seed is None else seed)
     return checkpoint.save(root, f"{stage}/step-{step:08d}", state, {"step": step, **meta})
 
@@ -71,7 +80,9 @@ def test_optimizer_state_survives(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    path = checkpoint.save(tmp_path, "00-a/step-00000001", {"optimizer": optimizer.state_dict()}, {})
+    path = checkpoint.save(
+        tmp_path, "00-a/step-00000001", {"optimizer": optimizer.state_dict()}, {}
+    )
     assert equal(checkpoint.load(path).state["optimizer"], optimizer.state_dict())
 
 
@@ -87,7 +98,9 @@ def test_what_could_not_be_read_back_is_refused_when_saved(tmp_path: Path, bad: 
     assert checkpoint.listing(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["../x/step-00000001", "step-00000001", "00-a/last", "/00-a/step-00000001"])
+@pytest.mark.parametrize(
+    "name", ["../x/step-00000001", "step-00000001", "00-a/last", "/00-a/step-00000001"]
+)
 def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="bad checkpoint name"):
         checkpoint.save(tmp_path, name, {}, {})
@@ -103,8 +116,32 @@ def test_digest_sees_content_and_nothing_else(tmp_path: Path) -> None:
         return checkpoint.digest_state({"x": value})["x"]
 
     zeros = torch.zeros(2, 3)
-    values = [zeros, zeros.T, zeros.double(), zeros.int(), zeros[:1], -zeros, [0, 0], (0, 0), [0, [0]], [[0], 0]]
-    values += [0, 0.0, False, None, "0", "", {}, [], {"a": 1, "b": 2}, {"a": 2, "b": 1}, {1: 1}, {"1": 1}]
+    values = [
+        zeros,
+        zeros.T,
+        zeros.double(),
+        zeros.int(),
+        zeros[:1],
+        -zeros,
+        [0, 0],
+        (0, 0),
+        [0, [0]],
+        [[0], 0],
+    ]
+    values += [
+        0,
+        0.0,
+        False,
+        None,
+        "0",
+        "",
+        {},
+        [],
+        {"a": 1, "b": 2},
+        {"a": 2, "b": 1},
+        {1: 1},
+        {"1": 1},
+    ]
     assert len({of(value) for value in values}) == len(values)
     assert of({"a": 1, "b": zeros}) == of({"b": zeros.clone(), "a": 1})
     assert of(zeros.T) == of(torch.zeros(3, 2))
@@ -146,7 +183,9 @@ def test_every_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
     rng = random.Random(name)
     for _ in range(20):
         flip(path / name, rng.randrange(8 * len(whole)))
-        with pytest.raises(CheckpointError, match=r"step-00000002 cannot be used: .*" + name.split(".")[0]):
+        with pytest.raises(
+            CheckpointError, match=r"step-00000002 cannot be used: .*" + name.split(".")[0]
+        ):
             checkpoint.load(path)
         found, notes = checkpoint.newest(tmp_path)
         assert found is not None and found.meta["step"] == 1
@@ -170,7 +209,9 @@ def zero_tail(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, empty, zero_tail, Path.unlink])
 @pytest.mark.parametrize("name", ["optimizer.pt", "manifest.json"])
-def test_damaged_files_are_named_and_passed_over(tmp_path: Path, damage: Callable[[Path], None], name: str) -> None:
+def test_damaged_files_are_named_and_passed_over(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
     good = save(tmp_path, 1)
     damage(save(tmp_path, 2) / name)
     found, notes = checkpoint.newest(tmp_path)
@@ -191,13 +232,17 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> No
 def test_a_future_version_is_refused_in_words(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     rewrite_manifest(path, lambda content: content.update(version=99))
-    with pytest.raises(CheckpointError, match="format version 99, this program reads up to 1; update deepclust"):
+    with pytest.raises(
+        CheckpointError, match="format version 99, this program reads up to 1; update deepclust"
+    ):
         checkpoint.load(path)
 
 
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    rewrite_manifest(path, lambda content: content["parts"].update({"../../x": content["parts"]["model"]}))
+    rewrite_manifest(
+        path, lambda content: content["parts"].update({"../../x": content["parts"]["model"]})
+    )
     assert checkpoint.verify(path) == ["manifest.json is damaged"]
 
 
@@ -214,7 +259,9 @@ class Payload:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", ["torch", "pickle"])
 def test_code_in_a_part_is_never_run(tmp_path: Path, form: str) -> None:
-    """The manifest's hashes are right: only the reading itself stands between the payload and the process."""
+    """The manifest's hashes are right: only the reading itself stands between the payload and the
+    process.
+    """
     good, path, canary = save(tmp_path, 1), save(tmp_path, 2), tmp_path / "canary"
     buffer = io.BytesIO()
     torch.save(Payload(canary), buffer) if form == "torch" else pickle.dump(Payload(canary), buffer)
@@ -223,7 +270,9 @@ def test_code_in_a_part_is_never_run(tmp_path: Path, form: str) -> None:
     written.write(buffer.getvalue())
     rewrite_manifest(path, lambda content: content["parts"].update(model=written.result()))
     assert checkpoint.verify(path) == []
-    with pytest.raises(CheckpointError, match=r"model\.pt holds something other than tensors and plain data"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.pt holds something other than tensors and plain data"
+    ):
         checkpoint.load(path)
     found, notes = checkpoint.newest(tmp_path)
     assert found is not None and found.path == good and len(notes) == 1
@@ -254,7 +303,9 @@ def test_rotation_counts_only_what_is_whole(tmp_path: Path) -> None:
 
 
 class Killer:
-    """Ends the process, as SIGKILL would, at the n-th open, write, fsync, rename or removal; a write is torn."""
+    """Ends the process, as SIGKILL would, at the n-th open, write, fsync, rename or removal; a
+    write is torn.
+    """
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -262,7 +313,9 @@ class Killer:
             setattr(os, name, self._before(getattr(os, name)))
         builtins.open = self._before(open)
         inner = checkpoint._Hashed.write
-        checkpoint._Hashed.write = lambda file, data: inner(file, data[: len(data) // 2] if self._now() else data)  # type: ignore[method-assign]
+        checkpoint._Hashed.write = lambda file, data: inner(
+            file, data[: len(data) // 2] if self._now() else data
+        )  # type: ignore[method-assign]
         self.torn = False
 
     def _now(self) -> bool:
@@ -282,7 +335,9 @@ class Killer:
 
 
 def run_killed_at(at: int, action: Callable[[], object]) -> int:
-    """Exit code of a child process that does `action` and is killed at its `at`-th change to the disk."""
+    """Exit code of a child process that does `action` and is killed at its `at`-th change to the
+    disk.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -295,8 +350,13 @@ def run_killed_at(at: int, action: Callable[[], object]) -> int:
 
 
 def test_killed_at_every_moment_of_a_save_and_a_rotation(tmp_path: Path) -> None:
-    torch.save({}, io.BytesIO())  # imports what the first save imports, before the children are forked
-    state = {step: {"model": {"w": torch.full((2,), step)}, "rng": [step]} for step in (100, 200, 300, 400)}
+    torch.save(
+        {}, io.BytesIO()
+    )  # imports what the first save imports, before the children are forked
+    state = {
+        step: {"model": {"w": torch.full((2,), step)}, "rng": [step]}
+        for step in (100, 200, 300, 400)
+    }
 
     def put(root: Path, step: int) -> Path:
         return checkpoint.save(root, f"00-a/step-{step:08d}", state[step], {"step": step})
@@ -312,7 +372,9 @@ def test_killed_at_every_moment_of_a_save_and_a_rotation(tmp_path: Path) -> None
         assert found.meta["step"] in (200, 300)
         assert equal(found.state, state[found.meta["step"]])
         assert not list(root.glob(".tmp-*"))
-        assert all(checkpoint.verify(path) == [] for path in checkpoint.listing(root)), f"moment {moments}"
+        assert all(checkpoint.verify(path) == [] for path in checkpoint.listing(root)), (
+            f"moment {moments}"
+        )
         survivors.add(found.meta["step"])
         if moments % 10 == 0:
             again = put(root, found.meta["step"] + 100)
@@ -348,7 +410,9 @@ def test_a_full_disk_leaves_the_old_one_and_says_so(tmp_path: Path, limit: int) 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("function", ["fsync", "rename", "mkdir"])
-def test_any_failing_call_is_told_in_words(tmp_path: Path, monkeypatch: Any, number: int, function: str) -> None:
+def test_any_failing_call_is_told_in_words(
+    tmp_path: Path, monkeypatch: Any, number: int, function: str
+) -> None:
     old = save(tmp_path, 1)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -364,5 +428,7 @@ def test_any_failing_call_is_told_in_words(tmp_path: Path, monkeypatch: Any, num
 def test_the_manifest_lists_every_file_and_is_json(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
-    assert {f"{part}.pt" for part in content["parts"]} | {"manifest.json"} == {file.name for file in path.iterdir()}
+    assert {f"{part}.pt" for part in content["parts"]} | {"manifest.json"} == {
+        file.name for file in path.iterdir()
+    }
     assert all(zipfile.is_zipfile(path / f"{part}.pt") for part in content["parts"])

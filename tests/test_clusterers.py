@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import NearestNeighbors
 
-from deepclust.clusterers import METHODS, cluster, hdbscan, neighbor_confidence
+from deepclust.clustering.methods import METHODS, cluster, hdbscan, neighbor_confidence
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
 
@@ -24,7 +24,9 @@ def test_plain_clusters_are_found_and_a_second_run_finds_the_same(name: str) -> 
     found, again = cluster(name, X, 4, seed=5), cluster(name, torch.from_numpy(7 * X), 4, seed=5)
     assert found.labels.dtype == np.int64 and found.labels.shape == found.confidence.shape == (150,)
     assert clustering_scores(found.labels, Y)["acc"] > 0.95
-    assert ((found.confidence >= 0) & (found.confidence <= 1)).all() and found.confidence.mean() > 0.9
+    assert (
+        (found.confidence >= 0) & (found.confidence <= 1)
+    ).all() and found.confidence.mean() > 0.9
     assert clustering_scores(found.labels, again.labels)["ari"] == 1, "length is no matter"
 
 
@@ -39,7 +41,7 @@ def test_votes_are_the_confidence_of_diffusion_and_lie_between_clusters() -> Non
 
 def test_large_ward_merges_along_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cluster("ward", X, 4).labels
-    monkeypatch.setattr("deepclust.clusterers.MAX_DENSE", 100)
+    monkeypatch.setattr("deepclust.clustering.methods.MAX_DENSE", 100)
     assert clustering_scores(cluster("ward", X, 4).labels, whole)["acc"] > 0.95
 
 
@@ -52,7 +54,9 @@ def test_neighbours_vote_on_confidence() -> None:
 
 
 def test_noise_stays_or_joins_the_nearest_cluster() -> None:
-    points, y = make_blobs(200, 2, centers=[(0, 0), (9, 0), (0, 9)], cluster_std=0.5, random_state=0)
+    points, y = make_blobs(
+        200, 2, centers=[(0, 0), (9, 0), (0, 9)], cluster_std=0.5, random_state=0
+    )
     points = np.concatenate([points, [(-15.0, -15.0), (20.0, 0.0)]])
     labels, confidence = hdbscan(points, None)
     assert (labels[-2:] == -1).all() and confidence is not None and (confidence[-2:] == 0).all()

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from deepclust import compilation
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Hooks, Trainer
+from deepclust.config.settings import OptimSettings, TrainerSettings
+from deepclust.runtime import compilation
+from deepclust.training.trainer import Hooks, Trainer
 from tests.toys import Plain, toy_backbone, toy_images, toy_transforms
 
 IMAGES = toy_images()
@@ -17,10 +17,20 @@ IMAGES = toy_images()
 
 def make(warnings: list[str] | None = None, **settings) -> Trainer:
     torch.manual_seed(0)
-    values = TrainerSettings(**{"epochs": 1, "batch_size": 16, "precision": "float32", "ema": 0.9, **settings})
+    values = TrainerSettings(
+        **{"epochs": 1, "batch_size": 16, "precision": "float32", "ema": 0.9, **settings}
+    )
     hooks = Hooks(warn=(warnings if warnings is not None else []).append)
     head, views = Plain(), toy_transforms(IMAGES)
-    return Trainer(toy_backbone(norm=True), head, IMAGES, views, settings=values, optim=OptimSettings(), hooks=hooks)
+    return Trainer(
+        toy_backbone(norm=True),
+        head,
+        IMAGES,
+        views,
+        settings=values,
+        optim=OptimSettings(),
+        hooks=hooks,
+    )
 
 
 @pytest.fixture
@@ -37,7 +47,8 @@ def test_a_compiled_backbone_trains_alike_and_its_checkpoints_fit_both_ways(eage
         trainer.fit()
     assert not warnings
     assert (
-        compiled.network.backbone._compiled_call_impl is not None and plain.network.backbone._compiled_call_impl is None
+        compiled.network.backbone._compiled_call_impl is not None
+        and plain.network.backbone._compiled_call_impl is None
     )
     states = [dict(trainer.network.state_dict()) for trainer in (plain, compiled)]
     assert list(states[0]) == list(states[1])
@@ -60,4 +71,8 @@ def test_without_a_compiler_there_is_a_warning_and_training_goes_on(monkeypatch)
     trainer = make(warnings, compile=True)
     trainer.fit()
     assert trainer.step == trainer.num_steps
-    assert len(warnings) == 1 and "no C++ compiler was found" in warnings[0] and "goes on without it" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "no C++ compiler was found" in warnings[0]
+        and "goes on without it" in warnings[0]
+    )

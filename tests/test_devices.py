@@ -1,4 +1,6 @@
-"""Which device is chosen, on pretended machines: Macs, GPUs under torchrun, one GPU per rank, shared GPUs."""
+"""Which device is chosen, on pretended machines: Macs, GPUs under torchrun, one GPU per rank,
+shared GPUs.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from deepclust import devices, distributed
 from deepclust.cli import main
-from deepclust.devices import choose_device, refuse_shared_gpu
 from deepclust.errors import UserError
+from deepclust.runtime import devices, distributed
+from deepclust.runtime.devices import choose_device, refuse_shared_gpu
 from tests.test_run_ranks import free_port
 
 
@@ -39,7 +41,12 @@ def pretend_gpus(patch: pytest.MonkeyPatch, count: int, name: str = "a") -> None
 
 
 def under_torchrun(patch: pytest.MonkeyPatch, local_rank: int, ranks: int, nodes: int = 1) -> None:
-    values = {"RANK": local_rank, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": ranks, "WORLD_SIZE": ranks * nodes}
+    values = {
+        "RANK": local_rank,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": ranks,
+        "WORLD_SIZE": ranks * nodes,
+    }
     for name, value in values.items():
         patch.setenv(name, str(value))
 
@@ -62,8 +69,12 @@ def test_auto_is_the_cpu_on_a_mac(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("mac")
-def test_mps_is_refused_with_what_it_lacks(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"trainer.device=mps:0 is not supported: .*float64.*use cpu"):
+def test_mps_is_refused_with_what_it_lacks(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"trainer.device=mps:0 is not supported: .*float64.*use cpu"
+    ):
         choose_device("mps:0")
     with pytest.raises(UserError, match=r"^--device mps is not supported"):
         choose_device("mps", "--device ")
@@ -81,18 +92,28 @@ def test_one_process_takes_the_gpu_that_torch_would(monkeypatch: pytest.MonkeyPa
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match=r"trainer.device=cuda:2 is not available here \(CUDA error: invalid device"):
+    with pytest.raises(
+        UserError, match=r"trainer.device=cuda:2 is not available here \(CUDA error: invalid device"
+    ):
         choose_device("cuda:2")
-    with pytest.raises(UserError, match=r"trainer.device=warp is no device .*use auto, cuda or cpu"):
+    with pytest.raises(
+        UserError, match=r"trainer.device=warp is no device .*use auto, cuda or cpu"
+    ):
         choose_device("warp")
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 @pytest.mark.parametrize(
-    ("visible", "local_rank", "ranks", "expected"), [(4, 3, 4, 3), (4, 1, 2, 1), (1, 3, 4, 0), (2, 3, 4, 1)]
+    ("visible", "local_rank", "ranks", "expected"),
+    [(4, 3, 4, 3), (4, 1, 2, 1), (1, 3, 4, 0), (2, 3, 4, 1)],
 )
 def test_ranks_take_their_own_gpu(
-    name: str, visible: int, local_rank: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    visible: int,
+    local_rank: int,
+    ranks: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A launcher that shows each rank its own GPUs alone leaves fewer of them than there are ranks."""
     pretend_gpus(monkeypatch, visible)
@@ -103,7 +124,9 @@ def test_ranks_take_their_own_gpu(
 def test_one_index_for_all_ranks_of_a_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 2)
     under_torchrun(monkeypatch, 1, 2)
-    with pytest.raises(UserError, match=r"trainer.device=cuda:0 would put all 2 ranks .* use trainer.device=cuda,"):
+    with pytest.raises(
+        UserError, match=r"trainer.device=cuda:0 would put all 2 ranks .* use trainer.device=cuda,"
+    ):
         choose_device("cuda:0")
     under_torchrun(monkeypatch, 0, 1, nodes=2)
     assert choose_device("cuda:1") == torch.device("cuda", 1), "one rank per machine may have any"
@@ -139,11 +162,15 @@ def test_all_ranks_are_told_who_shares_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     assert "ranks 0, 2 are on one GPU (UUID a)" in answers[0] and "--nproc-per-node" in answers[0]
 
 
-def test_without_uuids_the_slot_tells_and_without_that_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_uuids_the_slot_tells_and_without_that_nobody_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
 
     def amd(bus: int) -> SimpleNamespace:
-        return SimpleNamespace(uuid="the same for all", pci_domain_id=0, pci_bus_id=bus, pci_device_id=0)
+        return SimpleNamespace(
+            uuid="the same for all", pci_domain_id=0, pci_bus_id=bus, pci_device_id=0
+        )
 
     assert told([amd(3), amd(4)], monkeypatch) == ["", ""]
     assert "ranks 0, 1 are on one GPU (PCI 0000:03:00 of" in told([amd(3), amd(3)], monkeypatch)[1]
@@ -151,7 +178,9 @@ def test_without_uuids_the_slot_tells_and_without_that_nobody_is_refused(monkeyp
 
 
 def join(rank: int, ports: list[int]) -> None:
-    """`start` on a rank that sees one GPU, at first the same as the other's, then another; gloo in NCCL's place."""
+    """`start` on a rank that sees one GPU, at first the same as the other's, then another; gloo in
+    NCCL's place.
+    """
     torch.set_num_threads(1)
     used: list[torch.device] = []
     asked: dict[str, Any] = {}
@@ -190,7 +219,11 @@ def test_a_processor_joins_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     under_torchrun(monkeypatch, 1, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: asked.update(options, backend=backend))
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda backend, **options: asked.update(options, backend=backend),
+    )
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     assert distributed.start("auto", 7).device == torch.device("cpu")

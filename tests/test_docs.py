@@ -25,8 +25,8 @@ from deepclust.cli.options import (
     add_predict_options,
 )
 from deepclust.cli.parser import BAD_INPUT, OK, Parser
-from deepclust.compose import sweeps
-from deepclust.config import load, options
+from deepclust.config.compose import options, sweeps
+from deepclust.config.load import load
 from deepclust.heads.base import Bank
 from tests.pages import (
     BLOCKS,
@@ -66,7 +66,7 @@ QUICK = [
 """Appended to commands that train: one step a stage, on sixty small images."""
 
 
-# --- heads of your own ----------------------------------------------------------------------------
+# --- heads of your own ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_head_brings_the_recipe_of_the_page(workplace):
     )
 
 
-# --- commands -------------------------------------------------------------------------------------
+# --- commands ---------------------------------------------------------------------------------
 
 
 def check(command: list[str], capsys) -> None:
@@ -261,7 +261,7 @@ def test_refusals_are_printed_as_the_page_shows_them(capsys):
     assert sorted(printed.splitlines()) == sorted(shown.splitlines())
 
 
-# --- code -----------------------------------------------------------------------------------------
+# --- code -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
@@ -271,7 +271,7 @@ def test_python_is_valid_and_runs_unless_it_is_marked(block):
         exec(compile(tree, str(block), "exec"), {"__name__": "page"})
 
 
-# --- pages ----------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:

@@ -1,4 +1,6 @@
-"""What a run can do without: whichever estimate fails, the run finishes with its clusters and says what is missing."""
+"""What a run can do without: whichever estimate fails, the run finishes with its clusters and says
+what is missing.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,14 @@ import numpy as np
 import pytest
 
 from deepclust.cli import main
+from deepclust.clustering import number
+from deepclust.clustering.number import CRITERIA, estimate_num_clusters
+from deepclust.collection.derived import Derived
+from deepclust.collection.run import FolderRun
 from deepclust.errors import UserError
-from deepclust.estimates import Estimates
-from deepclust.eval import number
-from deepclust.eval.number import CRITERIA, estimate_num_clusters
-from deepclust.folder.derived import Derived
-from deepclust.folder.run import FolderRun
-from deepclust.run_folder import NotWritten
-from deepclust.signals import StopRequested
+from deepclust.runtime.estimates import Estimates
+from deepclust.runtime.files import NotWritten
+from deepclust.runtime.signals import StopRequested
 from tests.folder.toys import NETS, toy_photos
 from tests.runs import small_data, small_run
 
@@ -40,7 +42,10 @@ def test_an_estimate_that_fails_is_missing_with_its_reason(monkeypatch, capsys):
     assert estimates("fine", lambda: 3) == 3 and not estimates.missing
     assert estimates("silhouette", fail) is None
     assert estimates.missing["silhouette"].startswith("LinAlgError: boom (test_estimates.py, line ")
-    assert "scan: silhouette is missing: LinAlgError: boom" in said[0] and "DEEPCLUST_TRACEBACK=1" in said[0]
+    assert (
+        "scan: silhouette is missing: LinAlgError: boom" in said[0]
+        and "DEEPCLUST_TRACEBACK=1" in said[0]
+    )
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setenv("DEEPCLUST_TRACEBACK", "1")
     estimates("silhouette", fail)
@@ -68,7 +73,7 @@ def test_what_is_no_matter_of_an_estimate_passes(error: BaseException):
     assert not estimates.missing
 
 
-# --- a run of training ----------------------------------------------------------------------------------------------
+# --- a run of training ------------------------------------------------------------------------
 
 SCORES = {
     "silhouette": ("results.silhouette", ["silhouette"]),
@@ -101,14 +106,18 @@ def test_a_score_that_fails_ends_no_training(tmp_path, monkeypatch, capsys, whic
     assert f"selflabel: {name} is missing" in (tmp_path / "report.html").read_text()
     assert f"{names[0]} is missing: " in (tmp_path / "log.txt").read_text()
     assert f"{names[0]} is missing: " in capsys.readouterr().out
-    assert small_run(tmp_path, *more, data=small_data(60, LABELS)) == 0  # the table of a finished run
+    assert (
+        small_run(tmp_path, *more, data=small_data(60, LABELS)) == 0
+    )  # the table of a finished run
 
 
 def test_a_baseline_that_fails_ends_no_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("deepclust.eval.baselines.cluster", fail)
+    monkeypatch.setattr("deepclust.clustering.baselines.cluster", fail)
     assert small_run(tmp_path, "eval.baselines=[kmeans,gmm]", data=small_data(60, LABELS)) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert all("LinAlgError: boom" in summary["baselines"][name]["failed"] for name in ("kmeans", "gmm"))
+    assert all(
+        "LinAlgError: boom" in summary["baselines"][name]["failed"] for name in ("kmeans", "gmm")
+    )
     assert "LinAlgError: boom" in (tmp_path / "report.html").read_text()
 
 
@@ -116,12 +125,12 @@ def test_a_full_disk_in_a_score_still_ends_a_run(tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr("deepclust.results.silhouette", full)
+    monkeypatch.setattr("deepclust.training.results.silhouette", full)
     with pytest.raises(OSError, match="no space"):
         small_run(tmp_path, data=small_data(60, LABELS))
 
 
-# --- clusters of a folder -------------------------------------------------------------------------------------------
+# --- clusters of a folder ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -129,7 +138,16 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     toy_photos(tmp_path / "photos", 60)
     (tmp_path / "nets.py").write_text(NETS.format(labels=False))
-    return ["cluster", "photos", "-o", "run", "--backbone", "nets.py:colours", "--clusterers", "ward,spectral"]
+    return [
+        "cluster",
+        "photos",
+        "-o",
+        "run",
+        "--backbone",
+        "nets.py:colours",
+        "--clusterers",
+        "ward,spectral",
+    ]
 
 
 def facts() -> dict[str, Any]:
@@ -172,9 +190,13 @@ def test_an_estimate_that_fails_ends_no_clustering(words, monkeypatch, capsys, n
     if name == "criteria":
         assert facts()["criterion"] is None and facts()["clusterer"] == "ward"
     assert main(["edit", "run", "merge", "0", "1"]) == 0
-    assert main(["edit", "run"]) == 0 and ("unknown" in capsys.readouterr().out) == (name == "confidence")
+    assert main(["edit", "run"]) == 0 and ("unknown" in capsys.readouterr().out) == (
+        name == "confidence"
+    )
     assert main(["predict", "run", "photos", "-o", "again.csv"]) == 0
-    assert ("shares of votes; how far to trust them" in capsys.readouterr().out) == (name == "confidence")
+    assert ("shares of votes; how far to trust them" in capsys.readouterr().out) == (
+        name == "confidence"
+    )
     # Once it works the same command has it; an edited run is left alone.
     assert main([*words, *more]) == 0 and facts()["missing"]
     assert main([*words, *more, "--new"]) == 0 and not facts()["missing"]
@@ -187,14 +209,16 @@ def test_an_estimate_that_fails_ends_no_clustering(words, monkeypatch, capsys, n
 
 def test_what_was_missing_is_tried_again_by_the_same_command(words, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("deepclust.folder.find.trust_in", fail)
+        patch.setattr("deepclust.collection.find.trust_in", fail)
         assert main([*words, "-k", "3"]) == 0
     assert main([*words, "-k", "3"]) == 0 and not facts()["missing"]
     assert all(line["confidence"] for line in lines())
 
 
-def test_clusterers_that_fail_are_left_out_and_only_all_of_them_end_the_command(words, monkeypatch, capsys):
-    from deepclust.clusterers import METHODS
+def test_clusterers_that_fail_are_left_out_and_only_all_of_them_end_the_command(
+    words, monkeypatch, capsys
+):
+    from deepclust.clustering.methods import METHODS
 
     monkeypatch.setitem(METHODS, "ward", fail)
     assert main([*words, "-k", "3"]) == 0
@@ -209,7 +233,7 @@ def test_clusterers_that_fail_are_left_out_and_only_all_of_them_end_the_command(
     assert facts()["asked"]["num_clusters"] == 3, "the run is as it was"
 
 
-# --- the number of clusters -----------------------------------------------------------------------------------------
+# --- the number of clusters -------------------------------------------------------------------
 
 PARTS = {
     "density_peaks": ["peaks"],
@@ -230,7 +254,11 @@ def test_a_criterion_that_fails_has_no_vote_and_the_others_decide(monkeypatch, p
     monkeypatch.setattr(number, part, fail)
     found = estimate_num_clusters(blobs())
     assert sorted(found.missing) == sorted(PARTS[part])
-    assert list(found.votes) == list(found.curves) == [name for name in CRITERIA if name not in PARTS[part]]
+    assert (
+        list(found.votes)
+        == list(found.curves)
+        == [name for name in CRITERIA if name not in PARTS[part]]
+    )
     assert found.k == 4 and found.low <= 4 <= found.high and found.sure != "clear"
     assert all(name in found.statement for name in PARTS[part])
 

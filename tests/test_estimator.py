@@ -1,4 +1,6 @@
-"""`DeepClusterer` and `Clusterer`: scikit-learn's habits, and the same clusters whichever way images come in."""
+"""`DeepClusterer` and `Clusterer`: scikit-learn's habits, and the same clusters whichever way
+images come in.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory):
     """A fitted one, with its run folder."""
-    return make(run_dir=str(tmp_path_factory.mktemp("grey") / "run with 'quotes', spaces=1")).fit(pixels()[:, 0])
+    return make(run_dir=str(tmp_path_factory.mktemp("grey") / "run with 'quotes', spaces=1")).fit(
+        pixels()[:, 0]
+    )
 
 
 def test_labels_are_those_of_clusters_csv_and_of_predict(grey):
@@ -52,7 +56,11 @@ def test_labels_are_those_of_clusters_csv_and_of_predict(grey):
     np.testing.assert_array_equal(grey.predict(pixels()[:, 0]), grey.labels_)
     np.testing.assert_allclose(grey.predict_proba(pixels()).max(1), grey.confidence_, atol=1e-5)
     np.testing.assert_allclose(grey.predict_proba(pixels()).sum(1), 1, atol=1e-5)
-    assert grey.transform(pixels()).shape[0] == 60 and grey.summary_["num_clusters"] == 3 and grey.skipped_ == []
+    assert (
+        grey.transform(pixels()).shape[0] == 60
+        and grey.summary_["num_clusters"] == 3
+        and grey.skipped_ == []
+    )
 
 
 @pytest.mark.parametrize("form", ["(N,H,W)", "(N,1,H,W)", "(N,H,W,1)", "float", "tensor", "list"])
@@ -79,13 +87,17 @@ def test_a_saved_model_gives_identical_probabilities(grey, tmp_path):
     grey.model_.save(tmp_path / "model.safetensors")
     again = Clusterer.load(tmp_path / "model.safetensors")
     np.testing.assert_array_equal(again.predict_proba(pixels()), grey.predict_proba(pixels()))
-    np.testing.assert_array_equal(Clusterer.load(grey.run_dir).transform(pixels()), grey.transform(pixels()))
+    np.testing.assert_array_equal(
+        Clusterer.load(grey.run_dir).transform(pixels()), grey.transform(pixels())
+    )
     again.save(tmp_path / "again.safetensors")
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
 
 
 def test_fitting_again_in_the_same_folder_is_instant_and_the_same(grey, monkeypatch):
-    monkeypatch.setattr("deepclust.recipe._run", None)
+    monkeypatch.setattr("deepclust.training.recipe._run", None)
     again = clone(grey).fit(pixels()[:, 0])
     np.testing.assert_array_equal(again.labels_, grey.labels_)
     with pytest.raises(UserError, match="not those that"):
@@ -100,7 +112,11 @@ def test_a_folder_a_list_of_paths_and_an_array_of_colour(folder):
         model = fits[name] = make(overrides={**OVERRIDES, "augment.size": 16}).fit(given)
         assert model.labels_.shape == (24,)
         if name != "array":
-            assert model.labels_[7] == -1 and np.isnan(model.confidence_[7]) and len(model.skipped_) == 1
+            assert (
+                model.labels_[7] == -1
+                and np.isnan(model.confidence_[7])
+                and len(model.skipped_) == 1
+            )
             readable = [file for file, fine in zip(files, good) if fine]
             np.testing.assert_array_equal(model.predict(readable), model.labels_[good])
         else:
@@ -115,7 +131,15 @@ def test_one_picture_is_one_cluster_whoever_holds_it(folder):
     expected = model.predict_proba([path])
     side = model.model_.spec["image_size"][0]
     array = np.asarray(Image.open(path).resize((side, side), Image.Resampling.BICUBIC))
-    given = [array, list(array[None]), Image.open(path), [Image.open(path)], path, np.array([path]), iter([path])]
+    given = [
+        array,
+        list(array[None]),
+        Image.open(path),
+        [Image.open(path)],
+        path,
+        np.array([path]),
+        iter([path]),
+    ]
     for one in given:
         np.testing.assert_allclose(model.predict_proba(one), expected, atol=1e-5)
         assert model.predict(path).shape == (1,)
@@ -129,19 +153,25 @@ def test_one_picture_is_one_cluster_whoever_holds_it(folder):
 
 
 def test_it_has_the_habits_of_scikit_learn(grey):
-    model = make(random_state=3, overrides={"stages.selflabel.trainer.ema": None, "eval.baselines": ["kmeans"]})
+    model = make(
+        random_state=3,
+        overrides={"stages.selflabel.trainer.ema": None, "eval.baselines": ["kmeans"]},
+    )
     assert clone(model).get_params() == model.get_params()
     assert model.set_params(n_clusters=5) is model and model.n_clusters == 5
     assert "n_clusters=5" in repr(model)
     assert not hasattr(clone(grey), "labels_")
     first = make(random_state=1).fit_predict(pixels())
-    assert adjusted_rand_score(first, make(random_state=1).fit(pixels(), y=np.arange(60) % 2).labels_) == 1
+    assert (
+        adjusted_rand_score(first, make(random_state=1).fit(pixels(), y=np.arange(60) % 2).labels_)
+        == 1
+    )
     with pytest.raises(UserError, match="not fitted"):
         make().predict(pixels())
 
 
 def test_python_values_become_words_of_the_command_line():
-    from deepclust.config import load
+    from deepclust.config.load import load
 
     overrides = {
         "stages.selflabel.trainer.ema": None,
@@ -150,8 +180,13 @@ def test_python_values_become_words_of_the_command_line():
     }
     overrides |= {"stages.scan.optim.betas": (0.5, 0.9), "run.root": "a folder, with: 'signs'"}
     config = load(make(overrides=overrides)._words())
-    assert config.stages["selflabel"].trainer.ema is None and config.eval.baselines == ["kmeans", "gmm"]
-    assert config.stages["scan"].trainer.deterministic is True and config.stages["scan"].optim.betas == (0.5, 0.9)
+    assert config.stages["selflabel"].trainer.ema is None and config.eval.baselines == [
+        "kmeans",
+        "gmm",
+    ]
+    assert config.stages["scan"].trainer.deterministic is True and config.stages[
+        "scan"
+    ].optim.betas == (0.5, 0.9)
     assert config.run.root == "a folder, with: 'signs'" and config.num_clusters == 3
 
 

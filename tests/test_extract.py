@@ -1,4 +1,6 @@
-"""`deepclust features` and what comes behind it: backbones of every kind, and heads that train on a store."""
+"""`deepclust features` and what comes behind it: backbones of every kind, and heads that train on a
+store.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from deepclust import Clusterer
 from deepclust.cli.main import main
 from deepclust.data.features import features
 from deepclust.data.store import FeatureStore
-from deepclust.encoders import saw_labels
 from deepclust.errors import UserError
-from deepclust.extract import Asked, extract
-from deepclust.loggers.progress import Progress
+from deepclust.features.encoder import saw_labels
+from deepclust.features.extract import Asked, extract
+from deepclust.loggers.progress_bar import Progress
 
 NETS = """
 import torch
@@ -55,21 +57,56 @@ def test_a_head_trains_on_a_store_and_its_report_shows_the_images(
     tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
-    words = ["features", str(photos), "--backbone", f"{tmp_path / 'nets.py'}:colours", "--store", str(store)]
+    words = [
+        "features",
+        str(photos),
+        "--backbone",
+        f"{tmp_path / 'nets.py'}:colours",
+        "--store",
+        str(store),
+    ]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "31 images in" in said and "red/broken.png: not an image" in said and "trained without labels" in said
+    assert (
+        "31 images in" in said
+        and "red/broken.png: not an image" in said
+        and "trained without labels" in said
+    )
     assert f"data=features data.file={store}" in said
     data = features(str(store))
-    assert data.num_classes == 2 and data.train.class_names == ["blue", "red"] and len(data.train) == 30
+    assert (
+        data.num_classes == 2
+        and data.train.class_names == ["blue", "red"]
+        and len(data.train) == 30
+    )
     assert features(str(store), labels="none").num_classes is None
     (photos / "blue/0.png").unlink()
-    run = ["train", "data=features", f"data.file={store}", f"run.dir={tmp_path / 'run'}", "head.num_neighbors=3"]
-    run += ["trainer.epochs=2", "trainer.batch_size=15", "eval.baselines=none", "logger.console=false"]
+    run = [
+        "train",
+        "data=features",
+        f"data.file={store}",
+        f"run.dir={tmp_path / 'run'}",
+        "head.num_neighbors=3",
+    ]
+    run += [
+        "trainer.epochs=2",
+        "trainer.batch_size=15",
+        "eval.baselines=none",
+        "logger.console=false",
+    ]
     assert main([*run, "head.init=kmeans"]) == 0, capsys.readouterr()
     with open(tmp_path / "run/clusters.csv") as file:
         lines = list(csv.DictReader(file))
-    assert len({line["cluster"] for line in lines if line["path"].startswith("red") and line["cluster"]}) == 1
+    assert (
+        len(
+            {
+                line["cluster"]
+                for line in lines
+                if line["path"].startswith("red") and line["cluster"]
+            }
+        )
+        == 1
+    )
     assert lines[-1] == {
         "index": "30",
         "path": "red/broken.png",
@@ -79,7 +116,9 @@ def test_a_head_trains_on_a_store_and_its_report_shows_the_images(
     }
     page = (tmp_path / "run/report.html").read_text()
     assert page.count('<li role="img"') == 30 and "blue/2.png" in page
-    grey, blue = (data.train.picture(data.train.paths.index(path)) for path in ("blue/0.png", "blue/2.png"))
+    grey, blue = (
+        data.train.picture(data.train.paths.index(path)) for path in ("blue/0.png", "blue/2.png")
+    )
     assert (grey == 200).all() and blue[2].mean() > 150 > blue[0].mean()
 
 
@@ -112,11 +151,16 @@ def test_timm_models_with_local_weights_and_without_any(
     torch.manual_seed(0)
     state = timm.create_model("test_vit").state_dict()
     save_file(state, tmp_path / "w.safetensors")
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "w.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+        tmp_path / "w.pt",
+    )
     for name in ("w.safetensors", "w.pt"):
         extract(Asked(photos, tmp_path / "store", ["test_vit"], [str(tmp_path / name)], size=32))
     store = FeatureStore.open(tmp_path / "store")
-    assert [each.dim for each in store.backbones.values()] == [64], "the same weights are the same backbone"
+    assert [each.dim for each in store.backbones.values()] == [64], (
+        "the same weights are the same backbone"
+    )
     assert store.backbone("test_vit").identity["preprocess"]["size"] == 32
     with pytest.raises(UserError, match=r"--weights is given 1 time\(s\) and --backbone 2"):
         extract(Asked(photos, tmp_path / "new", ["test_vit", "test_resnet"], ["w.pt"]))
@@ -128,18 +172,22 @@ def test_timm_models_with_local_weights_and_without_any(
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(
-        UserError, match=r"(?s)weights of test_vit cannot be had here: the hub cannot .*--weights FILE.*--train"
+        UserError,
+        match=r"(?s)weights of test_vit cannot be had here: the hub cannot .*--weights FILE.*--train",
     ):
         extract(Asked(photos, tmp_path / "new", ["test_vit"]))
     assert not (tmp_path / "new").exists()
 
 
 def test_without_weights_a_backbone_is_trained_on_the_images_if_asked_for(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import timm
 
-    from deepclust import extract as module
+    from deepclust.features import extract as module
 
     def offline(*given: Any, **more: Any) -> None:
         raise OSError("the hub cannot be reached")
@@ -157,14 +205,22 @@ def test_without_weights_a_backbone_is_trained_on_the_images_if_asked_for(
     asked = Asked(photos, tmp_path / "store", ["test_vit"], dtype="float32", train=True)
     assert extract(asked) == 0
     said = capsys.readouterr().out
-    assert "the hub cannot be reached" in said and "is trained on these images first, without labels: SimCLR" in said
+    assert (
+        "the hub cannot be reached" in said
+        and "is trained on these images first, without labels: SimCLR" in said
+    )
     store = FeatureStore.open(tmp_path / "store")
     assert store.backbone("simclr").identity["trained_with_labels"] is False
     model = Clusterer.load(tmp_path / "store/simclr")
     direct = model.transform([photos / store.paths[row] for row in store.rows()])
     np.testing.assert_allclose(store.features()[store.rows()], direct, rtol=1e-4, atol=1e-5)
     assert extract(asked) == 0 and "is used instead" in capsys.readouterr().out
-    assert extract(Asked(photos, tmp_path / "other", [str(tmp_path / "store/simclr")], dtype="float32")) == 0
+    assert (
+        extract(
+            Asked(photos, tmp_path / "other", [str(tmp_path / "store/simclr")], dtype="float32")
+        )
+        == 0
+    )
     again = FeatureStore.open(tmp_path / "other")
     assert list(again.backbones) == list(store.backbones)
     assert np.array_equal(again.features(), store.features())
@@ -212,10 +268,14 @@ def test_the_time_is_estimated_from_the_first_batches() -> None:
 
 
 def test_a_file_of_ones_own_that_lacks_a_package_or_its_function_is_told_so(tmp_path: Path):
-    from deepclust.encoders import find_encoder
+    from deepclust.features.encoder import find_encoder
 
     (tmp_path / "net.py").write_text("def net():\n    import package_that_nobody_has\n")
-    with pytest.raises(UserError, match=r"No module named 'package_that_nobody_has'. Install the package"):
+    with pytest.raises(
+        UserError, match=r"No module named 'package_that_nobody_has'. Install the package"
+    ):
         find_encoder(f"{tmp_path}/net.py:net")
-    with pytest.raises(UserError, match=r"give the function too, as in --backbone .*net.py:FUNCTION"):
+    with pytest.raises(
+        UserError, match=r"give the function too, as in --backbone .*net.py:FUNCTION"
+    ):
         find_encoder(f"{tmp_path}/net.py")

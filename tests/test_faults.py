@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust import checkpoint
-from deepclust.config import load
+from deepclust.config.load import load
 from deepclust.errors import UserError
-from deepclust.recipe import train
-from deepclust.run_folder import RunFolder
-from deepclust.signals import StopRequested
+from deepclust.runtime import checkpoint
+from deepclust.runtime.signals import StopRequested
+from deepclust.training.recipe import train
+from deepclust.training.run_folder import RunFolder
 from tests.runs import SMALL, outcome, pixels, small_data, small_run, status, stop_at, words
 
 FORK = multiprocessing.get_context("fork")
@@ -69,12 +69,15 @@ def on_call(number, action, original):
     return call
 
 
-# ------------------------------------------------------------------------------------------- asked to stop
+# ------------------------------------------------------------------------------------------- as
 
 
 def some(chosen, everything):
     """Parameters of a test: the chosen ones always, the others under the marker `slow`."""
-    return [each if each in chosen else pytest.param(*_tuple(each), marks=pytest.mark.slow) for each in everything]
+    return [
+        each if each in chosen else pytest.param(*_tuple(each), marks=pytest.mark.slow)
+        for each in everything
+    ]
 
 
 def _tuple(each):
@@ -83,7 +86,9 @@ def _tuple(each):
 
 @pytest.mark.parametrize("poll", some((2, 8, 17), range(1, 40)))
 def test_a_stop_at_any_look_is_made_good(whole, tmp_path, monkeypatch, poll):
-    """Looks come after each step and before each k-means, mining and evaluation: 1 to about 30 cover a whole run."""
+    """Looks come after each step and before each k-means, mining and evaluation: 1 to about 30
+    cover a whole run.
+    """
     with monkeypatch.context() as patch:
         stop_at(patch, poll)
         code = small_run(tmp_path / "run")
@@ -108,19 +113,22 @@ def test_many_stops_in_one_run_are_made_good(whole, tmp_path, monkeypatch):
 
 
 LONG = {
-    "k-means": "deepclust.heads.layers.kmeans",
+    "k-means": "deepclust.heads.common.layers.kmeans",
     "mining": "deepclust.heads.scan.neighbor_table",
-    "features": "deepclust.trainer.collect",
-    "evaluation": "deepclust.results.label_free_scores",
-    "baselines": "deepclust.results.run_baselines",
-    "report": "deepclust.results.write_report",
+    "features": "deepclust.training.trainer.collect",
+    "evaluation": "deepclust.training.results.label_free_scores",
+    "baselines": "deepclust.training.results.run_baselines",
+    "report": "deepclust.training.results.write_report",
 }
 
 
 @pytest.mark.parametrize(
-    ("place", "number"), some([("mining", 1), ("baselines", 1)], list(zip(LONG, (2, 1, 3, 2, 1, 1))))
+    ("place", "number"),
+    some([("mining", 1), ("baselines", 1)], list(zip(LONG, (2, 1, 3, 2, 1, 1)))),
 )
-def test_a_signal_inside_a_long_section_ends_it_at_once(whole, tmp_path, monkeypatch, place, number):
+def test_a_signal_inside_a_long_section_ends_it_at_once(
+    whole, tmp_path, monkeypatch, place, number
+):
     import importlib
 
     module, _, name = LONG[place].rpartition(".")
@@ -137,7 +145,10 @@ def test_a_signal_inside_a_long_section_ends_it_at_once(whole, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(LONG[place], interrupted)
         assert small_run(tmp_path / "run") == 143
-    assert status(tmp_path / "run")["state"] == "preempted" and status(tmp_path / "run")["reason"] == "SIGTERM"
+    assert (
+        status(tmp_path / "run")["state"] == "preempted"
+        and status(tmp_path / "run")["reason"] == "SIGTERM"
+    )
     assert small_run(tmp_path / "run") == 0
     assert outcome(tmp_path / "run") == whole
 
@@ -146,10 +157,16 @@ def test_a_signal_inside_a_long_section_ends_it_at_once(whole, tmp_path, monkeyp
     ("head", "workers"),
     some(
         [("simclr", 0), ("scan", 2), ("selflabel", 0), ("calibration", 0)],
-        [(head, workers) for head in ("simclr", "scan", "selflabel", "calibration") for workers in (0, 2)],
+        [
+            (head, workers)
+            for head in ("simclr", "scan", "selflabel", "calibration")
+            for workers in (0, 2)
+        ],
     ),
 )
-def test_every_head_goes_on_bit_for_bit_with_and_without_workers(tmp_path, monkeypatch, head, workers):
+def test_every_head_goes_on_bit_for_bit_with_and_without_workers(
+    tmp_path, monkeypatch, head, workers
+):
     words_ = [
         f"head={head}",
         "trainer.num_images=120",
@@ -159,11 +176,18 @@ def test_every_head_goes_on_bit_for_bit_with_and_without_workers(tmp_path, monke
     ]
     words_ += [word for word in SMALL if not word.startswith(("stages.", "trainer.num_workers"))]
     config = load(
-        [*words_, "num_clusters=4", "trainer.log_every_steps=2", *(["head.num_neighbors=5"] if head == "scan" else [])]
+        [
+            *words_,
+            "num_clusters=4",
+            "trainer.log_every_steps=2",
+            *(["head.num_neighbors=5"] if head == "scan" else []),
+        ]
     )
 
     def run(name):
-        return train(replace(config, run=replace(config.run, dir=str(tmp_path / name))), small_data())
+        return train(
+            replace(config, run=replace(config.run, dir=str(tmp_path / name))), small_data()
+        )
 
     assert run("whole") == 0
     with monkeypatch.context() as patch:
@@ -173,14 +197,22 @@ def test_every_head_goes_on_bit_for_bit_with_and_without_workers(tmp_path, monke
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------------- ki
 
-KILLS = [(call, number) for call, last in (("fsync", 90), ("rename", 14), ("replace", 36)) for number in range(1, last)]
+KILLS = [
+    (call, number)
+    for call, last in (("fsync", 90), ("rename", 14), ("replace", 36))
+    for number in range(1, last)
+]
 
 
-@pytest.mark.parametrize(("call", "number"), some([("fsync", 23), ("rename", 4), ("replace", 8)], KILLS))
+@pytest.mark.parametrize(
+    ("call", "number"), some([("fsync", 23), ("rename", 4), ("replace", 8)], KILLS)
+)
 def test_a_kill_inside_a_save_loses_nothing(whole, tmp_path, monkeypatch, call, number):
-    """SIGKILL at a write that was to become durable: a checkpoint's part, its rename, status.json, the results."""
+    """SIGKILL at a write that was to become durable: a checkpoint's part, its rename, status.json,
+    the results.
+    """
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(os, call, on_call(number, kill, getattr(os, call)))
@@ -194,34 +226,56 @@ def test_a_kill_inside_a_save_loses_nothing(whole, tmp_path, monkeypatch, call, 
 @pytest.mark.parametrize("name", some(["SIGINT"], ["SIGINT", "SIGUSR1", "SIGTERM"]))
 def test_a_real_signal_between_steps_saves(whole, tmp_path, monkeypatch, name):
     send = lambda: os.kill(os.getpid(), getattr(signal, name))  # noqa: E731
-    from deepclust.trainer import Trainer
+    from deepclust.training.trainer import Trainer
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", on_call(9, send, Trainer.train_step))
         assert in_child(lambda: small_run(tmp_path / "run")) == 143
     said = status(tmp_path / "run")
-    assert said == {"state": "preempted", "stage": "scan", "epoch": said["epoch"], "step": 3, "reason": name}
+    assert said == {
+        "state": "preempted",
+        "stage": "scan",
+        "epoch": said["epoch"],
+        "step": 3,
+        "reason": name,
+    }
     assert checkpoint.listing(tmp_path / "run" / "checkpoints")[-1].name == "step-00000003"
     assert small_run(tmp_path / "run") == 0
     assert outcome(tmp_path / "run") == whole
 
 
 def start(folder, data, *more):
-    """The command line in a process of its own, slow enough to be caught; returns once a few steps are logged."""
-    command = [sys.executable, str(ROOT / "train.py"), *words(folder, *more), "data=arrays", f"data.images={data}"]
+    """The command line in a process of its own, slow enough to be caught; returns once a few steps
+    are logged.
+    """
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *words(folder, *more),
+        "data=arrays",
+        f"data.images={data}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder.parent, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder.parent, env=environment, stderr=subprocess.PIPE, text=True
+    )
     metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+    while process.poll() is None and not (
+        metrics.exists() and metrics.read_text().count("\n") >= 3
+    ):
         time.sleep(0.02)
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_the_command_line_is_stopped_and_goes_on(tmp_path, number):
     np.save(tmp_path / "images.npy", pixels())
     longer = ("stages.pretext.trainer.epochs=40", "checkpoint.every_steps=20")
-    process = start(tmp_path / "run", tmp_path / "images.npy", *longer, "stages.pretext.trainer.num_workers=2")
+    process = start(
+        tmp_path / "run", tmp_path / "images.npy", *longer, "stages.pretext.trainer.num_workers=2"
+    )
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     if number == signal.SIGTERM:
@@ -229,11 +283,14 @@ def test_the_command_line_is_stopped_and_goes_on(tmp_path, number):
         assert status(tmp_path / "run")["state"] == "preempted"
     assert "Traceback" not in said
     assert small_run(tmp_path / "whole", *longer) == 0
-    assert small_run(tmp_path / "run", *longer, "data=arrays", f"data.images={tmp_path}/images.npy") == 0
+    assert (
+        small_run(tmp_path / "run", *longer, "data=arrays", f"data.images={tmp_path}/images.npy")
+        == 0
+    )
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------- broken disks
+# ------------------------------------------------------------------------------------------- br
 
 
 def flip(file):
@@ -246,17 +303,28 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-7])
 
 
-BREAKS = {"bit flipped": flip, "truncated": cut, "missing": Path.unlink, "empty": lambda file: file.write_bytes(b"")}
+BREAKS = {
+    "bit flipped": flip,
+    "truncated": cut,
+    "missing": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "part"),
     some(
         [("bit flipped", "backbone.pt"), ("truncated", "manifest.json")],
-        [(kind, part) for kind in BREAKS for part in ("backbone.pt", "manifest.json", "rank0.pt", "optimizer.pt")],
+        [
+            (kind, part)
+            for kind in BREAKS
+            for part in ("backbone.pt", "manifest.json", "rank0.pt", "optimizer.pt")
+        ],
     ),
 )
-def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, monkeypatch, kind, part):
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
+    whole, tmp_path, monkeypatch, kind, part
+):
     with monkeypatch.context() as patch:
         stop_at(patch, 14)
         assert small_run(tmp_path / "run") == 143
@@ -270,7 +338,9 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(whole, t
 
 
 @pytest.mark.parametrize("number", some([40], [*range(1, 80, 6), 40]))
-def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_later(whole, tmp_path, monkeypatch, number):
+def test_a_full_disk_is_said_in_a_line_and_the_run_goes_on_later(
+    whole, tmp_path, monkeypatch, number
+):
     def full():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -316,7 +386,7 @@ def test_a_disk_that_is_really_full(whole, tmp_path, capfd, kilobytes):
         subprocess.run(["umount", disk], check=True)
 
 
-# ------------------------------------------------------------------------------------------- others
+# ------------------------------------------------------------------------------------------- ot
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -350,6 +420,12 @@ def test_a_killed_data_worker_ends_the_run_in_words(tmp_path, monkeypatch):
         return original(self, row)
 
     monkeypatch.setattr(ImageSet, "read", read)
-    more = ["trainer.views=workers", "stages.pretext.trainer.num_workers=1", f"data.images={tmp_path}/images.npy"]
+    more = [
+        "trainer.views=workers",
+        "stages.pretext.trainer.num_workers=1",
+        f"data.images={tmp_path}/images.npy",
+    ]
     assert main(["train", *words(tmp_path / "run", *more), "data=arrays"]) == 1
-    assert "DataLoader worker" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+    assert (
+        "DataLoader worker" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+    )

@@ -20,16 +20,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from deepclust.loggers import Logger, Loggers, build_loggers
+from deepclust.loggers.base import Logger, Loggers
+from deepclust.loggers.build import build_loggers
 from deepclust.loggers.console import ConsoleLogger
 from deepclust.loggers.files import FileLogger, read_metrics
-from deepclust.run_folder import FolderError
+from deepclust.runtime.files import FolderError
 
 LOCAL = {"console": False}
 
 
 def metrics(step: int) -> dict[str, float]:
-    return {"loss": math.exp(-step / 7) / 3, "epoch": step // 4, "stage_step": step, "stage_steps": 100}
+    return {
+        "loss": math.exp(-step / 7) / 3,
+        "epoch": step // 4,
+        "stage_step": step,
+        "stage_steps": 100,
+    }
 
 
 def train(folder: Path, first: int, last: int, resumed: int = 0, stage: str = "pretext") -> None:
@@ -45,7 +51,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_one_object_a_step_in_full_precision(tmp_path: Path) -> None:
     train(tmp_path, 1, 30)
-    assert lines(tmp_path) == [{"step": step, "stage": "pretext", **metrics(step)} for step in range(1, 31)]
+    assert lines(tmp_path) == [
+        {"step": step, "stage": "pretext", **metrics(step)} for step in range(1, 31)
+    ]
 
 
 def test_resume_loses_no_step_and_repeats_none(tmp_path: Path) -> None:
@@ -57,7 +65,9 @@ def test_resume_loses_no_step_and_repeats_none(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == reference
 
 
-@pytest.mark.parametrize("torn", ['{"step": 21, "lo', '{"step": 20}\n\n', "\x00\x00\x00", '"step"\n', '{"loss": 1}\n'])
+@pytest.mark.parametrize(
+    "torn", ['{"step": 21, "lo', '{"step": 20}\n\n', "\x00\x00\x00", '"step"\n', '{"loss": 1}\n']
+)
 def test_a_line_torn_by_a_kill_is_cut(tmp_path: Path, torn: str) -> None:
     train(tmp_path, 1, 19)
     reference = (tmp_path / "metrics.jsonl").read_bytes()
@@ -68,7 +78,9 @@ def test_a_line_torn_by_a_kill_is_cut(tmp_path: Path, torn: str) -> None:
 
 
 def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
-    """A child logs, and notes its step as a checkpoint would every 5, until it is killed; then another goes on."""
+    """A child logs, and notes its step as a checkpoint would every 5, until it is killed; then
+    another goes on.
+    """
     saved = tmp_path / "saved"
 
     def body(die_at: int) -> None:
@@ -95,7 +107,9 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if die_at else 0)
     assert [row["step"] for row in lines(tmp_path)] == list(range(1, 41))
-    assert [row["loss"] for row in lines(tmp_path)] == [metrics(step)["loss"] for step in range(1, 41)]
+    assert [row["loss"] for row in lines(tmp_path)] == [
+        metrics(step)["loss"] for step in range(1, 41)
+    ]
 
 
 def test_a_second_call_for_a_step_adds_to_its_line(tmp_path: Path) -> None:
@@ -170,7 +184,9 @@ def test_a_disk_too_full_for_the_metrics_stops_the_run_in_words(tmp_path: Path) 
     loggers.start({})
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
     try:
-        with pytest.raises(FolderError, match=r"metrics\.jsonl cannot be written: the disk is full"):
+        with pytest.raises(
+            FolderError, match=r"metrics\.jsonl cannot be written: the disk is full"
+        ):
             for step in range(1, 100):
                 loggers.log(metrics(step), step, "a")
         loggers.message("x" * 1000)
@@ -220,12 +236,14 @@ def test_other_ranks_are_quiet(tmp_path: Path, capfd: Any) -> None:
     loggers.log({"loss": 1.0}, 1, "a")
     loggers.message("x", "error")
     loggers.finish("finished")
-    assert loggers.active == [] and capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+    assert (
+        loggers.active == [] and capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_importing_leaves_torch_and_wandb_alone(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys; from deepclust.loggers import build_loggers\n"
+        "import pathlib, sys; from deepclust.loggers.build import build_loggers\n"
         f"build_loggers({{}}, pathlib.Path({str(tmp_path)!r}))\n"
         "sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     )
@@ -253,7 +271,9 @@ def test_without_a_terminal_a_line_every_ten_seconds() -> None:
     logger.log({"loss": 0.5, "stage_step": 1, "stage_steps": 10}, 101, "scan")
     logger.finish("finished")
     shown = text.getvalue().splitlines()
-    assert [line.split()[1] for line in shown] == [f"{step}/100" for step in (1, *range(11, 100, 10), 100)] + ["1/10"]
+    assert [line.split()[1] for line in shown] == [
+        f"{step}/100" for step in (1, *range(11, 100, 10), 100)
+    ] + ["1/10"]
     assert shown[0] == f"pretext 1/100  loss {metrics(1)['loss']:.4f}  1234 images/s"
     assert shown[1].endswith("1:29 left")
 
@@ -286,7 +306,9 @@ def test_a_terminal_breaks_messages_between_words_and_never_a_path() -> None:
     path = "/" + "x" * 60
     for is_terminal in (False, True):
         text = io.StringIO()
-        ConsoleLogger(Console(file=text, force_terminal=is_terminal, width=30)).message(f"some words before it {path}")
+        ConsoleLogger(Console(file=text, force_terminal=is_terminal, width=30)).message(
+            f"some words before it {path}"
+        )
         shown = text.getvalue().splitlines()
         assert len(shown) == (2 if is_terminal else 1) and shown[-1].rstrip().endswith(path)
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.loggers import Loggers, build_loggers
+from deepclust.loggers.base import Loggers
+from deepclust.loggers.build import build_loggers
 from tests.test_loggers import lines, metrics
 
 
@@ -63,7 +64,9 @@ class FakeWandb(types.ModuleType):
 
 
 def run_with(folder: Path, mode: str, resumed: int = 0) -> tuple[Loggers, str]:
-    loggers = build_loggers({"console": False, "wandb": mode, "wandb_project": "p"}, folder, resumed_step=resumed)
+    loggers = build_loggers(
+        {"console": False, "wandb": mode, "wandb_project": "p"}, folder, resumed_step=resumed
+    )
     loggers.start({"name": "run", "config": {"seed": 0}})
     for step in range(resumed + 1, resumed + 4):
         loggers.log(metrics(step), step, "pretext")
@@ -78,11 +81,25 @@ def test_wandb_gets_every_step_on_its_own_axis(tmp_path: Path, monkeypatch: Any,
     monkeypatch.setitem(sys.modules, "wandb", fake)
     _, log = run_with(tmp_path, mode)
     assert "warning" not in log
-    assert fake.rows[:3] == [{"step": step, "stage": "pretext", **metrics(step)} for step in (1, 2, 3)]
-    assert fake.inits[0]["mode"] == mode and fake.inits[0]["project"] == "p" and fake.inits[0]["dir"] == str(tmp_path)
-    assert fake.inits[0]["resume"] == "allow" and fake.inits[0]["config"] == {"seed": 0} and fake.done == [0]
+    assert fake.rows[:3] == [
+        {"step": step, "stage": "pretext", **metrics(step)} for step in (1, 2, 3)
+    ]
+    assert (
+        fake.inits[0]["mode"] == mode
+        and fake.inits[0]["project"] == "p"
+        and fake.inits[0]["dir"] == str(tmp_path)
+    )
+    assert (
+        fake.inits[0]["resume"] == "allow"
+        and fake.inits[0]["config"] == {"seed": 0}
+        and fake.done == [0]
+    )
     run_with(tmp_path, mode, resumed=3)
-    assert fake.inits[0]["id"] == fake.inits[1]["id"] == (tmp_path / "wandb" / "run_id").read_text().strip()
+    assert (
+        fake.inits[0]["id"]
+        == fake.inits[1]["id"]
+        == (tmp_path / "wandb" / "run_id").read_text().strip()
+    )
     run_with(tmp_path_of(tmp_path, "other"), mode)
     assert fake.inits[2]["id"] != fake.inits[0]["id"]
 
@@ -102,8 +119,18 @@ def tmp_path_of(path: Path, name: str) -> Path:
             "W&B cannot be reached (init-online: no route to host); logging offline",
             ["online", "offline"],
         ),
-        (True, ("init-online", "init-offline"), "WandbLogger is off from here on: init-offline", ["online", "offline"]),
-        (True, ("init-online", "teardown"), "WandbLogger is off from here on: teardown", ["online"]),
+        (
+            True,
+            ("init-online", "init-offline"),
+            "WandbLogger is off from here on: init-offline",
+            ["online", "offline"],
+        ),
+        (
+            True,
+            ("init-online", "teardown"),
+            "WandbLogger is off from here on: teardown",
+            ["online"],
+        ),
         (True, ("setup",), "WandbLogger is off from here on: setup", []),
         (True, ("define_metric",), "WandbLogger is off from here on: define_metric", ["online"]),
         (True, ("log",), "WandbLogger is off from here on: log", ["online"]),
@@ -111,7 +138,12 @@ def tmp_path_of(path: Path, name: str) -> Path:
     ],
 )
 def test_wandb_in_trouble_is_a_warning(
-    tmp_path: Path, monkeypatch: Any, key: bool, trouble: tuple[str, ...], words: str, modes: list[str]
+    tmp_path: Path,
+    monkeypatch: Any,
+    key: bool,
+    trouble: tuple[str, ...],
+    words: str,
+    modes: list[str],
 ) -> None:
     fake = FakeWandb(key, trouble)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -162,22 +194,33 @@ def test_the_real_wandb_offline(tmp_path: Path, monkeypatch: Any) -> None:
     assert random_states() == before
     assert "warning" not in log and len(loggers.active) == 2
     runs = list((folder / "wandb").glob("offline-run-*"))
-    assert len(runs) == 1 and runs[0].name.endswith((folder / "wandb" / "run_id").read_text().strip())
+    assert len(runs) == 1 and runs[0].name.endswith(
+        (folder / "wandb" / "run_id").read_text().strip()
+    )
     assert [row["step"] for row in lines(folder)] == [1, 2, 3]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    accumulator: Any = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    accumulator: Any = importlib.import_module(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
 def test_tensorboard_shows_every_step_once_also_after_a_resume(tmp_path: Path) -> None:
     importlib.import_module("torch.utils.tensorboard")
     before = random_states()
     for resumed, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
-        loggers = build_loggers({"console": False, "tensorboard": True}, tmp_path, resumed_step=resumed)
+        loggers = build_loggers(
+            {"console": False, "tensorboard": True}, tmp_path, resumed_step=resumed
+        )
         loggers.start({"name": "run"})
         for step in steps:
             loggers.log({"loss": 10.0 * resumed + step}, step, "scan")
@@ -198,7 +241,9 @@ def test_tensorboard_absent_is_a_warning(tmp_path: Path, monkeypatch: Any) -> No
     assert [row["step"] for row in lines(tmp_path)] == [1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
 def test_a_run_is_the_same_with_and_without_tensorboard(tmp_path: Path) -> None:
     from tests.runs import outcome, small_run
 

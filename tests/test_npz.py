@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from deepclust.cli import main
+from deepclust.collection.run import FolderRun
 from deepclust.data.features import load_columns
 from deepclust.errors import UserError
-from deepclust.folder.run import FolderRun
-from deepclust.npz import Column, Unreadable, read_arrays, read_columns
+from deepclust.runtime.npz import Column, Unreadable, read_arrays, read_columns
 from tests.folder.toys import NETS, toy_photos
 
 FLIPS = 20
@@ -111,7 +111,9 @@ def test_whatever_is_wrong_is_one_kind_of_error(tmp_path, save):
         except Unreadable as error:
             assert str(error)
         else:  # a bit that says nothing, such as one of a time
-            assert name.startswith("flip") and all(np.array_equal(found[key], arrays[key]) for key in arrays)
+            assert name.startswith("flip") and all(
+                np.array_equal(found[key], arrays[key]) for key in arrays
+            )
     with pytest.raises(Unreadable, match="is not there"):
         read_columns(tmp_path / "gone.npz", wanted)
     with pytest.raises(Unreadable):
@@ -141,7 +143,9 @@ def test_a_users_file_of_features_is_refused_in_words(tmp_path, kind):
     rows = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
     for name, damage in DAMAGES.items():
         if kind == "npz":
-            np.savez_compressed(path, features=rows, labels=np.arange(30), paths=[f"{row}.jpg" for row in range(30)])
+            np.savez_compressed(
+                path, features=rows, labels=np.arange(30), paths=[f"{row}.jpg" for row in range(30)]
+            )
         elif kind == "npy":
             np.save(path, rows)
         else:
@@ -154,12 +158,14 @@ def test_a_users_file_of_features_is_refused_in_words(tmp_path, kind):
             damage(path)
         try:
             load_columns(str(path), "data.file")
-            assert name.startswith(("flip", "wrong", "fewer")) or (name == "missing key" and kind == "npz")
+            assert name.startswith(("flip", "wrong", "fewer")) or (
+                name == "missing key" and kind == "npz"
+            )
         except UserError as error:
             assert f"data.file={path}: " in str(error)
 
 
-# --- files of a run of `deepclust cluster` --------------------------------------------------------------------------
+# --- files of a run of `deepclust cluster` ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +202,21 @@ def outcome() -> list[bytes]:
     return [(Path("run") / name).read_bytes() for name in ("clusters.csv", "model.safetensors")]
 
 
-@pytest.mark.parametrize("part", ["projected", "neighbors", "duplicates", "nearest", "map", "outliers"])
+@pytest.mark.parametrize(
+    "part", ["projected", "neighbors", "duplicates", "nearest", "map", "outliers"]
+)
 def test_damaged_parts_beside_the_store_are_made_again(folder, part):
+    from deepclust.collection.derived import Derived
     from deepclust.data.store import FeatureStore
-    from deepclust.folder.derived import Derived
 
     store = FeatureStore.open("store")
     (path,) = Path("store/derived").glob(f"{part}-*.npz")
     whole = path.read_bytes()
     names = {"projected": "_projected", "duplicates": "copy_of", "outliers": "outlying"}
-    get = {"projected": lambda found: found.x.numpy(), "neighbors": lambda found: found.neighbors[1]}
+    get = {
+        "projected": lambda found: found.x.numpy(),
+        "neighbors": lambda found: found.neighbors[1],
+    }
     get["nearest"] = lambda found: found.nearest[1].numpy()
     first = get.get(part, lambda found: getattr(found, names.get(part, part)))
     expected = first(Derived(store, store.backbone().name))
@@ -215,18 +226,25 @@ def test_damaged_parts_beside_the_store_are_made_again(folder, part):
         assert np.array_equal(first(Derived(store, store.backbone().name)), expected)
         assert np.array_equal(first(Derived(store, store.backbone().name)), expected)
     truncated(path)
-    assert main(command("--noise", "--append")) == 0 and main(["edit", "run", "rename", "2", "third"]) == 0
+    assert (
+        main(command("--noise", "--append")) == 0
+        and main(["edit", "run", "rename", "2", "third"]) == 0
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "wrong shape", "flip 3"])
-def test_damaged_landmarks_are_named_and_made_again_by_the_command_that_is_named(folder, capsys, damage):
+def test_damaged_landmarks_are_named_and_made_again_by_the_command_that_is_named(
+    folder, capsys, damage
+):
     path = Path("run/landmarks.npz")
     before = Path("run/clusters.csv").read_bytes()
     DAMAGES[damage](path)
     assert main(["edit", "run", "rename", "2", "third"]) == 2
     error = capsys.readouterr().err
     assert "landmarks.npz" in error and "makes it anew" in error
-    assert FolderRun.open("run").history.verbs == ["cluster", "merge"], "nothing is begun that cannot be finished"
+    assert FolderRun.open("run").history.verbs == ["cluster", "merge"], (
+        "nothing is begun that cannot be finished"
+    )
     words = error.split("; deepclust ")[1].split(" makes it anew")[0].split()
     assert main(words) == 0
     assert "That is done now" in capsys.readouterr().out
@@ -237,7 +255,7 @@ def test_damaged_landmarks_are_named_and_made_again_by_the_command_that_is_named
 
 
 def test_landmarks_and_steps_that_are_damaged_in_any_way_are_named_with_the_way_out(folder):
-    from deepclust.folder.votes import Landmarks
+    from deepclust.collection.landmarks import Landmarks
 
     run = FolderRun.open("run")
     path, step = Path("run/landmarks.npz"), Path("run/history/0001-merge.npz")
@@ -245,7 +263,9 @@ def test_landmarks_and_steps_that_are_damaged_in_any_way_are_named_with_the_way_
     for name, damage in DAMAGES.items():
         path.write_bytes(whole)
         damage(path)
-        with pytest.raises(UserError, match=r"landmarks.npz .*; deepclust cluster .* makes it anew"):
+        with pytest.raises(
+            UserError, match=r"landmarks.npz .*; deepclust cluster .* makes it anew"
+        ):
             Landmarks.load(run)
         step.write_bytes(state)
         damage(step)
@@ -253,7 +273,9 @@ def test_landmarks_and_steps_that_are_damaged_in_any_way_are_named_with_the_way_
             run.state()
             assert name.startswith("flip") or name == "fewer rows"
         except UserError as error:
-            assert "0001-merge.npz" in str(error) and "deepclust edit run undo goes back" in str(error)
+            assert "0001-merge.npz" in str(error) and "deepclust edit run undo goes back" in str(
+                error
+            )
 
 
 @pytest.mark.parametrize("more", [[], ["--append"], ["--new"]])
@@ -273,7 +295,10 @@ def test_a_damaged_last_step_is_named_and_undo_goes_back(folder, capsys, damage)
     assert main(["edit", "run"]) == 2
     error = capsys.readouterr().err
     assert "0001-merge.npz" in error and "deepclust edit run undo" in error and "--new" in error
-    assert main(["edit", "run", "merge", "0", "2"]) == 2 and "0001-merge.npz" in capsys.readouterr().err
+    assert (
+        main(["edit", "run", "merge", "0", "2"]) == 2
+        and "0001-merge.npz" in capsys.readouterr().err
+    )
     for more in ([], ["--append"]):
         assert main(command("--noise", *more)) == 2 and "0001-merge.npz" in capsys.readouterr().err
     assert main(["edit", "run", "undo"]) == 0
@@ -291,7 +316,10 @@ def test_damaged_steps_before_the_last_and_starting_over(folder, capsys, damage)
     assert "0000-cluster.npz" in error and "cannot be gone back to" in error and "--new" in error
     DAMAGES[damage](Path("run/history/0001-merge.npz"))
     assert main(command("--noise", "--new")) == 0
-    assert FolderRun.open("run").history.verbs == ["cluster"] and main(["edit", "run", "merge", "0", "1"]) == 0
+    assert (
+        FolderRun.open("run").history.verbs == ["cluster"]
+        and main(["edit", "run", "merge", "0", "1"]) == 0
+    )
 
 
 @pytest.mark.parametrize("file", ["history/0000-cluster.npz", "run.json"])

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from deepclust.distributed import sum_gradients
+from deepclust.config.settings import OptimSettings
 from deepclust.errors import UserError
 from deepclust.heads import Head
-from deepclust.optim import LARS, build_optimizer, forget, learning_rate_factor, set_learning_rate
-from deepclust.settings import OptimSettings
+from deepclust.runtime.distributed import sum_gradients
+from deepclust.training.optim import (
+    LARS,
+    build_optimizer,
+    forget,
+    learning_rate_factor,
+    set_learning_rate,
+)
 from tests.ranks import run_ranks
 from tests.toys import Plain, toy_backbone
 
@@ -23,21 +29,28 @@ def test_warm_up_and_cosine_are_torchs():
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 45, eta_min=0.1)
     torchs = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[5])
     for step in range(50):
-        assert learning_rate_factor(step, 50, 5, settings) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        assert learning_rate_factor(step, 50, 5, settings) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-9
+        )
         optimizer.step()
         torchs.step()
     assert learning_rate_factor(30, 50, 5, OptimSettings(schedule="constant")) == 1.0
 
 
 def test_warm_up_from_a_start_and_cosine_to_an_end_are_the_published_swav_schedule():
-    """Linear from 0.3 to 4.8 over 10 epochs, then half a cosine to 0.0048 (SwAV, batch 4096), written out in NumPy."""
+    """Linear from 0.3 to 4.8 over 10 epochs, then half a cosine to 0.0048 (SwAV, batch 4096),
+    written out in NumPy.
+    """
     settings = OptimSettings(warmup_start_fraction=0.3 / 4.8, final_lr_fraction=0.0048 / 4.8)
     per_epoch, epochs = 7, 40
     later = np.arange(30 * per_epoch)
     cosine = 0.0048 + 0.5 * (4.8 - 0.0048) * (1 + np.cos(np.pi * later / len(later)))
     wanted = np.concatenate([np.linspace(0.3, 4.8, 10 * per_epoch), cosine])
     steps = range(epochs * per_epoch)
-    found = [4.8 * learning_rate_factor(step, len(steps), 10 * per_epoch, settings, per_epoch) for step in steps]
+    found = [
+        4.8 * learning_rate_factor(step, len(steps), 10 * per_epoch, settings, per_epoch)
+        for step in steps
+    ]
     assert found == pytest.approx(wanted.tolist(), abs=1e-12)
 
 
@@ -48,7 +61,9 @@ def test_step_schedule_is_torchs_with_milestones_in_epochs_or_shares(milestones)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     torchs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [24, 42, 45], gamma=0.4)
     for step in range(60):
-        assert learning_rate_factor(step, 60, 0, settings, 6) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert learning_rate_factor(step, 60, 0, settings, 6) == pytest.approx(
+            optimizer.param_groups[0]["lr"]
+        )
         optimizer.step()
         torchs.step()
 
@@ -91,8 +106,12 @@ def test_lars_is_its_formula(adapt):
     start[3] *= 0  # a norm of zero: the plain gradient
     gradients = [[random.normal(size=shape) for shape in shapes] for _ in range(4)]
     gradients[1][2] *= 0
-    model = torch.nn.ParameterList([torch.nn.Parameter(torch.from_numpy(value.copy())) for value in start])
-    settings = OptimSettings(name="lars", lr=0.6, weight_decay=0.02, trust=0.01, adapt_bias_and_norm=adapt)
+    model = torch.nn.ParameterList(
+        [torch.nn.Parameter(torch.from_numpy(value.copy())) for value in start]
+    )
+    settings = OptimSettings(
+        name="lars", lr=0.6, weight_decay=0.02, trust=0.01, adapt_bias_and_norm=adapt
+    )
     optimizer = build_optimizer(model, Head(), settings)
     assert isinstance(optimizer, LARS)
     for step in gradients:
@@ -100,7 +119,9 @@ def test_lars_is_its_formula(adapt):
             parameter.grad = torch.from_numpy(gradient.copy())
         optimizer.step()
     trust, decay = [0.01, 0.01 if adapt else None, 0.01, 0.01], [0.02, 0.0, 0.02, 0.02]
-    for found, wanted in zip(model, _lars(start, gradients, lr=0.6, momentum=0.9, decay=decay, trust=trust)):
+    for found, wanted in zip(
+        model, _lars(start, gradients, lr=0.6, momentum=0.9, decay=decay, trust=trust)
+    ):
         assert np.abs(found.detach().numpy() - wanted).max() < 1e-12
     assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.02]
 
@@ -132,9 +153,13 @@ def test_adam_has_its_decay_in_the_gradient():
 
 def test_groups_have_their_own_rates_and_norms_no_decay():
     backbone, head = toy_backbone(norm=True), Plain()
-    optimizer = build_optimizer(backbone, head, OptimSettings(lr=0.1, head_lr=1.0, weight_decay=0.01))
+    optimizer = build_optimizer(
+        backbone, head, OptimSettings(lr=0.1, head_lr=1.0, weight_decay=0.01)
+    )
     found = {
-        id(p): (group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        id(p): (group["base_lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
     assert found[id(backbone.body[0].weight)] == (0.1, 0.01)
     assert found[id(backbone.body[1].weight)] == (0.1, 0.0)

@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust import predict as module
 from deepclust.cli.main import main
+from deepclust.collection.derived import Derived
+from deepclust.collection.history import relabelled
+from deepclust.collection.landmarks import FILE, Landmarks, save_model
 from deepclust.data.folders import printable
 from deepclust.data.store import FeatureStore
-from deepclust.folder.derived import Derived
-from deepclust.folder.state import relabelled
-from deepclust.folder.votes import FILE, Landmarks, save_model
-from deepclust.predict import STOPPED
+from deepclust.predict import command as module
+from deepclust.predict.command import STOPPED
 from tests.folder.toys import toy_photos, toy_run
 from tests.runs import pixels, small_run
 from tests.test_extract import NETS
@@ -84,7 +84,12 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path) -> Path:
     """Trains `run` on `store` in a folder."""
     words = ["train", "data=features", f"data.file={folder / 'store'}", f"run.dir={folder / 'run'}"]
-    words += ["head.num_neighbors=3", "trainer.epochs=2", "trainer.batch_size=15", "eval.baselines=none"]
+    words += [
+        "head.num_neighbors=3",
+        "trainer.epochs=2",
+        "trainer.batch_size=15",
+        "eval.baselines=none",
+    ]
     assert main([*words, "logger.console=false", "head.init=kmeans"]) == 0
     return folder
 
@@ -93,17 +98,24 @@ def predict(*words: Any) -> int:
     return main(["predict", *map(str, words)])
 
 
-def test_clusters_are_those_of_the_model_in_natural_order(run: Path, digits: Path, tmp_path: Path) -> None:
+def test_clusters_are_those_of_the_model_in_natural_order(
+    run: Path, digits: Path, tmp_path: Path
+) -> None:
     assert predict(run, digits, "-o", tmp_path / "all.csv") == 0
     found = rows(tmp_path / "all.csv")
     assert [row["path"] for row in found] == [str(digits / f"{number}.png") for number in range(60)]
     assert list(found[0]) == ["path", "cluster", "confidence", "error"]
     direct = Clusterer.load(run).predict_proba(pixels())
     assert [int(row["cluster"]) for row in found] == direct.argmax(1).tolist()
-    np.testing.assert_allclose([float(row["confidence"]) for row in found], direct.max(1), atol=2e-6)
+    np.testing.assert_allclose(
+        [float(row["confidence"]) for row in found], direct.max(1), atol=2e-6
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["all.csv"], "nothing is left beside it"
 
-    assert predict(run, digits, "-o", tmp_path / "all.parquet", "--batch-size", "7", "--device", "cpu") == 0
+    assert (
+        predict(run, digits, "-o", tmp_path / "all.parquet", "--batch-size", "7", "--device", "cpu")
+        == 0
+    )
     table = pq.read_table(tmp_path / "all.parquet")
     assert table.column("path").to_pylist() == [row["path"] for row in found]
     assert table.column("cluster").to_pylist() == [int(row["cluster"]) for row in found]
@@ -113,20 +125,30 @@ def test_clusters_are_those_of_the_model_in_natural_order(run: Path, digits: Pat
     (tmp_path / "list.txt").write_text(f"{digits / '7.png'}\nnowhere.png\n")
     assert predict(run, tmp_path / "list.txt", "-o", tmp_path / "list.csv") == 0
     two = rows(tmp_path / "list.csv")
-    assert two[0]["cluster"] == found[7]["cluster"] and two[1]["path"] == str(tmp_path / "nowhere.png")
+    assert two[0]["cluster"] == found[7]["cluster"] and two[1]["path"] == str(
+        tmp_path / "nowhere.png"
+    )
     assert two[1]["cluster"] == two[1]["confidence"] == "" and "no such file" in two[1]["error"]
     assert predict(run, digits / "7.png", "-o", tmp_path / "one.csv") == 0
     assert rows(tmp_path / "one.csv") == [found[7]]
     (tmp_path / "list.txt").write_text("nowhere.png\n")
-    assert predict(run, tmp_path / "list.txt", "-o", tmp_path / "list.csv") == 2, "nothing could be clustered"
+    assert predict(run, tmp_path / "list.txt", "-o", tmp_path / "list.csv") == 2, (
+        "nothing could be clustered"
+    )
 
 
-def test_parquet_comes_in_row_groups(run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_comes_in_row_groups(
+    run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "PART_IMAGES", 8)
-    monkeypatch.setattr("deepclust.predict_parts.ROW_GROUP", 24)
+    monkeypatch.setattr("deepclust.predict.parts.ROW_GROUP", 24)
     assert predict(run, digits, "-o", tmp_path / "all.parquet", "--batch-size", "4") == 0
     file = pq.ParquetFile(tmp_path / "all.parquet")
-    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [24, 24, 12]
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [
+        24,
+        24,
+        12,
+    ]
 
 
 KILLED = """
@@ -171,7 +193,9 @@ assert sorted(os.listdir()) == ["c.csv", "c.parquet"]
 def test_kills_at_any_moment_change_nothing(run: Path, digits: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(run), str(digits)]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -179,7 +203,9 @@ def test_kills_at_any_moment_change_nothing(run: Path, digits: Path, tmp_path: P
 def stopped(
     run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, Path]]:
-    """Stops a command by a signal after two parts of 8 images; gives its code and the file that it was to write."""
+    """Stops a command by a signal after two parts of 8 images; gives its code and the file that it
+    was to write.
+    """
     monkeypatch.setattr(module, "PART_IMAGES", 8)
 
     def stop(number: int = signal.SIGINT) -> tuple[int, Path]:
@@ -192,14 +218,20 @@ def stopped(
 
         with monkeypatch.context() as patch:
             patch.setattr(module.Parts, "write", interrupted)
-            return predict(run, digits, "-o", tmp_path / "c.csv", "--batch-size", "4"), tmp_path / "c.csv"
+            return predict(
+                run, digits, "-o", tmp_path / "c.csv", "--batch-size", "4"
+            ), tmp_path / "c.csv"
 
     return stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_says_what_is_done_and_the_same_command_goes_on(
-    number: int, stopped: Callable[..., tuple[int, Path]], run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+    number: int,
+    stopped: Callable[..., tuple[int, Path]],
+    run: Path,
+    digits: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, out = stopped(number)
     assert code == STOPPED and not out.exists()
@@ -213,7 +245,10 @@ def test_a_stop_says_what_is_done_and_the_same_command_goes_on(
 
 
 def test_what_was_done_for_another_command_is_not_lost(
-    stopped: Callable[..., tuple[int, Path]], run: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Callable[..., tuple[int, Path]],
+    run: Path,
+    digits: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, out = stopped()
     capsys.readouterr()
@@ -252,12 +287,18 @@ def test_a_model_of_features_clusters_images_by_what_made_its_features(
     assert predict(learned / "run", learned / "store", "-o", tmp_path / "store.csv") == 0
     assert predict(learned / "run", learned / "photos", "-o", tmp_path / "photos.csv") == 0
     said = capsys.readouterr().out
-    assert "30 rows clustered, 1 could not be read" in said and "a model of features by colours" in said
+    assert (
+        "30 rows clustered, 1 could not be read" in said
+        and "a model of features by colours" in said
+    )
     by_path = {row["path"]: row for row in rows(tmp_path / "store.csv")}
     for row in rows(tmp_path / "photos.csv"):
         other = by_path[row["path"]]
         assert row["cluster"] == other["cluster"] and row["error"] == other["error"]
-        assert row["cluster"] == "" or abs(float(row["confidence"]) - float(other["confidence"])) < 2e-6
+        assert (
+            row["cluster"] == ""
+            or abs(float(row["confidence"]) - float(other["confidence"])) < 2e-6
+        )
     store = FeatureStore.open(learned / "store")
     known = store.rows()
     rows_of = np.array(store.features()[known])
@@ -276,7 +317,7 @@ def test_a_model_of_features_clusters_images_by_what_made_its_features(
 
 
 def test_features_of_images_are_exactly_those_of_the_store(learned: Path) -> None:
-    from deepclust.predict_model import ImageModel, open_model
+    from deepclust.predict.model import ImageModel, open_model
 
     model = open_model(learned / "run", torch.device("cpu"))
     given: list[np.ndarray] = []
@@ -285,11 +326,19 @@ def test_features_of_images_are_exactly_those_of_the_store(learned: Path) -> Non
     store = FeatureStore.open(learned / "store")
     batches = []
     for batch in module.decode_ahead(
-        module._jobs(images, len(store), 0, 64), store.root, store.paths, images.side, images.channels, False, 1
+        module._jobs(images, len(store), 0, 64),
+        store.root,
+        store.paths,
+        images.side,
+        images.channels,
+        False,
+        1,
     ):
         images(batch.pixels)
         batches.append(len(batch.facts))
-    assert np.array_equal(np.concatenate(given)[: len(store)][store.rows()], store.features()[store.rows()])
+    assert np.array_equal(
+        np.concatenate(given)[: len(store)][store.rows()], store.features()[store.rows()]
+    )
 
 
 def test_what_made_the_features_must_be_there_and_the_same(
@@ -302,7 +351,9 @@ def test_what_made_the_features_must_be_there_and_the_same(
         net.write_text(text + "\n# changed\n")
         assert predict(*command) == 2
         assert "was changed since; --backbone" in capsys.readouterr().err
-        assert predict(*command, "--backbone", f"{net}:colours") == 0, "it is the same network still"
+        assert predict(*command, "--backbone", f"{net}:colours") == 0, (
+            "it is the same network still"
+        )
         net.write_text(text.replace("Preprocess(8", "Preprocess(9"))
         assert predict(*command, "--backbone", f"{net}:colours") == 2
         assert "has images fed in another way" in capsys.readouterr().err
@@ -328,7 +379,14 @@ def test_a_timm_model_is_found_again_with_its_local_weights(tmp_path: Path, caps
         torch.manual_seed(seed)
         save_file(timm.create_model("test_vit").state_dict(), tmp_path / f"{seed}.safetensors")
     photos = coloured(tmp_path / "photos", 30)
-    words = ["features", str(photos), "--backbone", "test_vit", "--weights", str(tmp_path / "0.safetensors")]
+    words = [
+        "features",
+        str(photos),
+        "--backbone",
+        "test_vit",
+        "--weights",
+        str(tmp_path / "0.safetensors"),
+    ]
     assert main([*words, "--size", "32", "--store", str(tmp_path / "store")]) == 0
     trained(tmp_path)
     command = [tmp_path / "run", photos, "-o", tmp_path / "c.csv"]
@@ -340,7 +398,10 @@ def test_a_timm_model_is_found_again_with_its_local_weights(tmp_path: Path, caps
     said = capsys.readouterr().err
     assert "0.safetensors could not be loaded" in said and "--weights FILE" in said
     assert predict(*command, "--weights", tmp_path / "1.safetensors") == 2
-    assert "test_vit has other weights (SHA-256) than what made these features" in capsys.readouterr().err
+    assert (
+        "test_vit has other weights (SHA-256) than what made these features"
+        in capsys.readouterr().err
+    )
     assert predict(*command, "--weights", tmp_path / "moved.safetensors") == 0
     assert (tmp_path / "c.csv").read_bytes() == first
 
@@ -351,7 +412,9 @@ def test_a_store_of_another_backbone_is_refused(learned: Path, tmp_path: Path, c
     assert main([*words, "--store", str(tmp_path / "store")]) == 0
     assert predict(learned / "run", tmp_path / "store", "-o", tmp_path / "c.csv") == 2
     said = capsys.readouterr().err
-    assert "holds features by colours-" in said and f"--backbone {learned / 'nets.py'}:colours" in said
+    assert (
+        "holds features by colours-" in said and f"--backbone {learned / 'nets.py'}:colours" in said
+    )
 
 
 def test_models_and_what_they_cannot_take(
@@ -372,14 +435,20 @@ def test_models_and_what_they_cannot_take(
     assert not list(tmp_path.glob(".c.*"))
 
 
-def test_a_run_of_deepclust_cluster_names_its_clusters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_deepclust_cluster_names_its_clusters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = toy_run(tmp_path)
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x[torch.from_numpy(derived.landmarks)].numpy().astype(np.float16)
     rows_of = derived.rows[derived.landmarks]
-    Landmarks(rows_of, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path / FILE)
+    Landmarks(rows_of, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(
+        run.path / FILE
+    )
     state = run.state()
-    merged = relabelled(state, np.where(state.cluster == 1, 2, state.cluster), names={2: "not blue"})
+    merged = relabelled(
+        state, np.where(state.cluster == 1, 2, state.cluster), names={2: "not blue"}
+    )
     run.history.push("merge", merged)
     save_model(run, merged)
     new = toy_photos(tmp_path / "new", 9, 0)
@@ -390,7 +459,9 @@ def test_a_run_of_deepclust_cluster_names_its_clusters(tmp_path: Path, capsys: p
     assert list(found[0]) == ["path", "cluster", "confidence", "error", "name"]
     for row in found:
         colour = Path(row["path"]).parent.name
-        assert row["error"] or (row["cluster"], row["name"]) == (("0", "") if colour == "blue" else ("2", "not blue"))
+        assert row["error"] or (row["cluster"], row["name"]) == (
+            ("0", "") if colour == "blue" else ("2", "not blue")
+        )
     table = pq.read_table(tmp_path / "c.parquet")
     assert table.column("name").to_pylist() == [row["name"] or None for row in found]
     shutil.rmtree(run.store.path)
@@ -402,9 +473,21 @@ def test_a_folder_as_people_have_them(run: Path, learned: Path, tmp_path: Path) 
     """Whatever lies there costs its own line and nothing else, of images and of features alike."""
     folder = coloured(tmp_path / "my photos", 4)
     picture = Image.open(folder / "blue/0.png")
-    good = {"été/IMG 1.JPG": picture, "日本語 🐱.png": picture, "new\nline.png": picture, 'quote",comma.png': picture}
-    good |= {"deep.png": Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "print.jpg": picture.convert("CMYK")}
-    good |= {"thin.png": Image.new("L", (999, 1)), "web.webp": picture, "scan.TIFF": picture.convert("LA")}
+    good = {
+        "été/IMG 1.JPG": picture,
+        "日本語 🐱.png": picture,
+        "new\nline.png": picture,
+        'quote",comma.png': picture,
+    }
+    good |= {
+        "deep.png": Image.fromarray(np.full((9, 9), 40_000, np.uint16)),
+        "print.jpg": picture.convert("CMYK"),
+    }
+    good |= {
+        "thin.png": Image.new("L", (999, 1)),
+        "web.webp": picture,
+        "scan.TIFF": picture.convert("LA"),
+    }
     for name, image in good.items():
         (folder / name).parent.mkdir(exist_ok=True)
         image.save(folder / name)
@@ -413,10 +496,20 @@ def test_a_folder_as_people_have_them(run: Path, learned: Path, tmp_path: Path) 
     turned = Image.Exif()
     turned[0x0112] = 6
     picture.save(folder / "turned.jpg", exif=turned)
-    for name, content in {"empty.jpg": b"", "letter.jpg": b"Dear all", "table.csv": b"1,2", "doc.pdf": b"%PDF"}.items():
+    for name, content in {
+        "empty.jpg": b"",
+        "letter.jpg": b"Dear all",
+        "table.csv": b"1,2",
+        "doc.pdf": b"%PDF",
+    }.items():
         (folder / name).write_bytes(content)
     (folder / "half.jpg").write_bytes((folder / "turned.jpg").read_bytes()[:300])
-    for name, target in {"up": "..", "self.jpg": "self.jpg", "self": "self", "gone.png": "nowhere"}.items():
+    for name, target in {
+        "up": "..",
+        "self.jpg": "self.jpg",
+        "self": "self",
+        "gone.png": "nowhere",
+    }.items():
         (folder / name).symlink_to(target)
     bad = ["empty.jpg", "gone.png", "half.jpg", "letter.jpg", "red/broken.png", "self.jpg"]
     with contextlib.suppress(OSError):  # where names must be UTF-8
@@ -427,12 +520,30 @@ def test_a_folder_as_people_have_them(run: Path, learned: Path, tmp_path: Path) 
         for kind in ("csv", "parquet"):
             assert predict(model, folder, "-o", tmp_path / f"{number}.{kind}") == 0
         found = rows(tmp_path / f"{number}.csv")
-        assert sorted(row["path"] for row in found if row["error"]) == sorted(f"{folder}/{name}" for name in bad)
+        assert sorted(row["path"] for row in found if row["error"]) == sorted(
+            f"{folder}/{name}" for name in bad
+        )
         expected = {f"{folder}/{name}" for name in [*good, *bad, "moving.gif", "turned.jpg"]}
         assert expected < {row["path"] for row in found} and len(found) == len(expected) + 4
-        assert pq.read_table(tmp_path / f"{number}.parquet").column("path").to_pylist() == [r["path"] for r in found]
+        assert pq.read_table(tmp_path / f"{number}.parquet").column("path").to_pylist() == [
+            r["path"] for r in found
+        ]
     store = tmp_path / "store"
-    assert main(["features", str(folder), "--backbone", f"{learned / 'nets.py'}:colours", "--store", str(store)]) == 0
+    assert (
+        main(
+            [
+                "features",
+                str(folder),
+                "--backbone",
+                f"{learned / 'nets.py'}:colours",
+                "--store",
+                str(store),
+            ]
+        )
+        == 0
+    )
     kept = FeatureStore.open(store)
-    unreadable = sorted(printable(kept.paths[row]) for row in np.flatnonzero(kept.status == "unreadable"))
+    unreadable = sorted(
+        printable(kept.paths[row]) for row in np.flatnonzero(kept.status == "unreadable")
+    )
     assert unreadable == sorted(bad) and len(kept.rows()) == len(kept) - len(bad)

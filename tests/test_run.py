@@ -1,4 +1,6 @@
-"""A whole run: what it leaves behind, when it goes on, when it refuses, and that no label reaches it."""
+"""A whole run: what it leaves behind, when it goes on, when it refuses, and that no label reaches
+it.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,24 @@ import shutil
 import numpy as np
 import pytest
 
-from deepclust import checkpoint
 from deepclust.cli.main import main
-from deepclust.config import load
+from deepclust.config.load import load
 from deepclust.data.datasets import digits, from_arrays
 from deepclust.errors import UserError
 from deepclust.model import Clusterer
-from deepclust.recipe import train
+from deepclust.runtime import checkpoint
+from deepclust.training.recipe import train
 from tests.runs import RESULTS, outcome, pixels, small_data, small_run, status, stop_at, words
 
-PROMISED = {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "metrics.csv", "status.json", "checkpoints"}
+PROMISED = {
+    "config.yaml",
+    "env.json",
+    "log.txt",
+    "metrics.jsonl",
+    "metrics.csv",
+    "status.json",
+    "checkpoints",
+}
 PROMISED |= {"clusters.csv", "summary.json", "report.html", "model.safetensors"}
 LABELS = digits().train.classes[:60]
 
@@ -38,14 +48,24 @@ def copy(whole, tmp_path):
 
 
 def contents(folder):
-    """Bytes and modification time of every file but the lock, which names the process that looked last."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".deepclust.lock")
+    """Bytes and modification time of every file but the lock, which names the process that looked
+    last.
+    """
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path.name != ".deepclust.lock"
+    )
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def test_a_run_leaves_what_is_promised_and_nothing_else(whole):
     assert {path.name for path in whole.iterdir()} == PROMISED | {".deepclust.lock"}
-    assert status(whole) == {"state": "finished", "stage": None, "epoch": 0, "step": 0, "reason": None}
+    assert status(whole) == {
+        "state": "finished",
+        "stage": None,
+        "epoch": 0,
+        "step": 0,
+        "reason": None,
+    }
     summary = json.loads((whole / "summary.json").read_text())
     assert list(summary["stages"]) == ["pretext", "scan", "selflabel"]
     assert summary["kept_stage"] in ("scan", "selflabel") and summary["why"]
@@ -53,11 +73,18 @@ def test_a_run_leaves_what_is_promised_and_nothing_else(whole):
     for scores in (*summary["stages"].values(), *summary["baselines"].values()):
         assert {"acc", "nmi", "ari", "seconds"} <= set(scores)
         assert 0 <= scores["acc"] <= 1
-    assert set(summary["baselines"]) == {"kmeans", "pixels"}, "k-means on the first stage's features stands here"
-    assert [name for name, scores in summary["stages"].items() if "kmeans" in scores] == ["scan", "selflabel"]
+    assert set(summary["baselines"]) == {"kmeans", "pixels"}, (
+        "k-means on the first stage's features stands here"
+    )
+    assert [name for name, scores in summary["stages"].items() if "kmeans" in scores] == [
+        "scan",
+        "selflabel",
+    ]
     assert {"acc", "nmi", "ari"} <= set(summary["stages"]["scan"]["kmeans"])
     for scores in summary["stages"].values():
-        assert {"clusters_used", "size_entropy", "mean_confidence", "neighbor_agreement"} <= set(scores)
+        assert {"clusters_used", "size_entropy", "mean_confidence", "neighbor_agreement"} <= set(
+            scores
+        )
 
 
 def test_every_image_has_a_line_and_the_model_finds_its_cluster_again(whole):
@@ -66,7 +93,9 @@ def test_every_image_has_a_line_and_the_model_finds_its_cluster_again(whole):
     assert [int(row["index"]) for row in rows] == list(range(60))
     probabilities = Clusterer.load(whole).predict_proba(pixels())
     assert [int(row["cluster"]) for row in rows] == probabilities.argmax(1).tolist()
-    np.testing.assert_allclose([float(row["confidence"]) for row in rows], probabilities.max(1), atol=1e-5)
+    np.testing.assert_allclose(
+        [float(row["confidence"]) for row in rows], probabilities.max(1), atol=1e-5
+    )
 
 
 def test_every_step_is_logged_once(whole):
@@ -79,14 +108,26 @@ def test_every_step_is_logged_once(whole):
 
 
 def test_every_stage_keeps_its_last_checkpoint(whole):
-    ends = [path for path in checkpoint.listing(whole / "checkpoints") if checkpoint.manifest(path)["meta"]["finished"]]
+    ends = [
+        path
+        for path in checkpoint.listing(whole / "checkpoints")
+        if checkpoint.manifest(path)["meta"]["finished"]
+    ]
     assert [path.parent.name for path in ends] == ["00-pretext", "01-scan", "02-selflabel"]
     assert not any(checkpoint.verify(path) for path in ends)
 
 
 def test_a_finished_run_shows_its_table_again_and_changes_nothing(copy, capsys):
     before = contents(copy)
-    assert small_run(copy, "logger.console=true", "eval.baselines=[kmeans,pixels]", data=small_data(labels=LABELS)) == 0
+    assert (
+        small_run(
+            copy,
+            "logger.console=true",
+            "eval.baselines=[kmeans,pixels]",
+            data=small_data(labels=LABELS),
+        )
+        == 0
+    )
     assert contents(copy) == before
     shown = capsys.readouterr().out
     assert "finished" in shown and "selflabel" in shown and "clusters.csv" in shown
@@ -123,7 +164,9 @@ def _forget_settings(folder):
 
 
 @pytest.mark.parametrize("gone", [["config.yaml"], ["config.yaml", "status.json"], ["status.json"]])
-def test_other_settings_are_refused_where_the_folder_no_longer_tells(copy, tmp_path, monkeypatch, gone):
+def test_other_settings_are_refused_where_the_folder_no_longer_tells(
+    copy, tmp_path, monkeypatch, gone
+):
     stop_at(monkeypatch, 5)
     assert small_run(tmp_path / "stopped") == 143
     monkeypatch.undo()
@@ -137,7 +180,9 @@ def test_other_settings_are_refused_where_the_folder_no_longer_tells(copy, tmp_p
     assert small_run(tmp_path / "stopped") == 0 and small_run(copy) == 0
 
 
-def test_checkpoints_that_do_not_tell_are_refused_only_without_config_yaml(copy, tmp_path, monkeypatch):
+def test_checkpoints_that_do_not_tell_are_refused_only_without_config_yaml(
+    copy, tmp_path, monkeypatch
+):
     stop_at(monkeypatch, 5)
     assert small_run(tmp_path / "stopped") == 143
     monkeypatch.undo()
@@ -145,7 +190,9 @@ def test_checkpoints_that_do_not_tell_are_refused_only_without_config_yaml(copy,
         _forget_settings(folder)
         text = (folder / "config.yaml").read_text()
         (folder / "config.yaml").unlink()
-        with pytest.raises(UserError, match=r"config.yaml is gone(.|\n)*Bring config.yaml back, .*run\.new=true"):
+        with pytest.raises(
+            UserError, match=r"config.yaml is gone(.|\n)*Bring config.yaml back, .*run\.new=true"
+        ):
             small_run(folder)
         (folder / "config.yaml").write_text(text)
         assert small_run(folder) == 0
@@ -201,7 +248,11 @@ def test_resume_from_a_folder_without_checkpoints_is_refused(tmp_path):
 
 
 def test_a_broken_stage_end_is_named(copy):
-    end = next(path for path in checkpoint.listing(copy / "checkpoints") if path.parent.name == "00-pretext")
+    end = next(
+        path
+        for path in checkpoint.listing(copy / "checkpoints")
+        if path.parent.name == "00-pretext"
+    )
     (end / "head.pt").write_bytes(b"")
     (copy / "status.json").write_text(json.dumps({**status(copy), "state": "running"}))
     with pytest.raises(UserError, match=r"stage pretext is needed: .*head\.pt has 0 bytes"):
@@ -209,7 +260,9 @@ def test_a_broken_stage_end_is_named(copy):
 
 
 def test_no_label_reaches_training(whole, tmp_path):
-    """The same images with labels, with shuffled labels and without: not a byte of model or clusters differs."""
+    """The same images with labels, with shuffled labels and without: not a byte of model or
+    clusters differs.
+    """
     shuffled = np.random.default_rng(0).permutation(LABELS)
     for name, labels in (("shuffled", shuffled), ("none", None)):
         assert small_run(tmp_path / name, "eval.probes=true", data=small_data(labels=labels)) == 0
@@ -217,7 +270,9 @@ def test_no_label_reaches_training(whole, tmp_path):
             assert (tmp_path / name / file).read_bytes() == (whole / file).read_bytes()
     scores = json.loads((tmp_path / "shuffled" / "summary.json").read_text())["stages"]
     assert scores["scan"]["acc"] < 0.9 and "knn_probe" in scores["scan"]
-    assert "acc" not in json.loads((tmp_path / "none" / "summary.json").read_text())["stages"]["scan"]
+    assert (
+        "acc" not in json.loads((tmp_path / "none" / "summary.json").read_text())["stages"]["scan"]
+    )
 
 
 def test_a_run_does_not_depend_on_what_was_drawn_before_it(whole, tmp_path):
@@ -232,7 +287,9 @@ def test_a_run_does_not_depend_on_what_was_drawn_before_it(whole, tmp_path):
 
 def test_another_seed_is_another_model(whole, tmp_path):
     assert small_run(tmp_path / "run", "seed=1") == 0
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != (
+        whole / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -248,7 +305,12 @@ def test_wandb_without_key_changes_nothing(whole, tmp_path, monkeypatch, mode):
 
 def test_the_command_line_runs_predicts_and_refuses(tmp_path, capsys):
     np.save(tmp_path / "images.npy", pixels())
-    command = ["train", *words(tmp_path / "run"), "data=arrays", f"data.images={tmp_path}/images.npy"]
+    command = [
+        "train",
+        *words(tmp_path / "run"),
+        "data=arrays",
+        f"data.images={tmp_path}/images.npy",
+    ]
     assert main(command) == 0 and main(command) == 0
     assert main([*command, "seed=1"]) == 2
     said = capsys.readouterr().err
@@ -261,13 +323,19 @@ def test_the_command_line_runs_predicts_and_refuses(tmp_path, capsys):
 
 def test_held_out_images_are_clustered_and_reported_apart(tmp_path):
     data = small_data(80, digits().train.classes[:80])
-    data.train, data.test, data.protocol = data.train.select(range(60)), data.train.select(range(60, 80)), "inductive"
+    data.train, data.test, data.protocol = (
+        data.train.select(range(60)),
+        data.train.select(range(60, 80)),
+        "inductive",
+    )
     data.test.splits = np.full(20, "test")
     assert train(load(words(tmp_path / "run")), data) == 0
     with open(tmp_path / "run" / "clusters.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["index"]) for row in rows] == list(range(80))
-    assert [row["split"] for row in rows[60:]] == ["test"] * 20 and all(row["cluster"] for row in rows)
+    assert [row["split"] for row in rows[60:]] == ["test"] * 20 and all(
+        row["cluster"] for row in rows
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "acc" in summary["stages"]["scan"]["test"]
 
@@ -275,12 +343,18 @@ def test_held_out_images_are_clustered_and_reported_apart(tmp_path):
 def test_a_stage_may_train_on_extra_images_which_are_not_clustered(tmp_path, monkeypatch):
     data, more = small_data(), "stages.pretext.trainer.extra_images=true"
     data.extra = from_arrays(digits().train.images[60:100].numpy()).train
-    with pytest.raises(UserError, match=r"would do nothing.*stages\.pretext\.trainer\.extra_images=true"):
+    with pytest.raises(
+        UserError, match=r"would do nothing.*stages\.pretext\.trainer\.extra_images=true"
+    ):
         small_run(tmp_path / "no", data=data)
-    with pytest.raises(UserError, match=r"extra_images=true: arrays holds no extra images.*data\.extra=true"):
+    with pytest.raises(
+        UserError, match=r"extra_images=true: arrays holds no extra images.*data\.extra=true"
+    ):
         small_run(tmp_path / "no", more)
     assert small_run(tmp_path / "whole", more, data=data) == 0
-    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["stage"] for row in rows] == ["pretext"] * 10 + ["scan"] * 6 + ["selflabel"] * 6
     assert (tmp_path / "whole/clusters.csv").read_text().count("\n") == 61
     stop_at(monkeypatch, 5)

@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 
-from deepclust import run_folder
-from deepclust.run_folder import FILES, FolderError, RunFolder, choose_path, inside, write_atomic
+from deepclust.runtime.files import FolderError, choose_path, inside, write_atomic
+from deepclust.training import run_folder
+from deepclust.training.run_folder import FILES, RunFolder
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
-    return {p.relative_to(path).as_posix(): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
+    return {
+        p.relative_to(path).as_posix(): p.read_bytes() if p.is_file() else None
+        for p in sorted(path.rglob("*"))
+    }
 
 
 def test_a_new_folder_and_what_it_says(tmp_path: Path) -> None:
@@ -29,7 +33,13 @@ def test_a_new_folder_and_what_it_says(tmp_path: Path) -> None:
         run.describe("seed: 0\n", device="cpu", threads=2)
         run.status("running", stage="scan", epoch=3, step=41)
         status = json.loads((run.path / "status.json").read_text())
-        assert status == {"state": "running", "stage": "scan", "epoch": 3, "step": 41, "reason": None}
+        assert status == {
+            "state": "running",
+            "stage": "scan",
+            "epoch": 3,
+            "step": 41,
+            "reason": None,
+        }
         run.status("finished")
     with RunFolder.open(tmp_path / "a" / "run") as run:
         assert run.previous_config == "seed: 0\n" and run.finished
@@ -44,12 +54,14 @@ def test_the_environment_holds_no_secrets(tmp_path: Path, monkeypatch: Any) -> N
         text = (run.path / "env.json").read_text()
     env = json.loads(text)
     assert "canary" not in text
-    assert env["device"] == "cpu" and env["host"] == socket.gethostname() and env["versions"]["torch"]
+    assert (
+        env["device"] == "cpu" and env["host"] == socket.gethostname() and env["versions"]["torch"]
+    )
     assert env["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
 def test_importing_and_opening_leaves_torch_alone(tmp_path: Path) -> None:
-    code = f"import sys; from deepclust.run_folder import RunFolder; RunFolder.open({str(tmp_path)!r}).describe('')"
+    code = f"import sys; from deepclust.training.run_folder import RunFolder; RunFolder.open({str(tmp_path)!r}).describe('')"
     subprocess.run([sys.executable, "-c", code + "; sys.exit('torch' in sys.modules)"], check=True)
 
 
@@ -66,7 +78,7 @@ def test_a_second_run_in_this_process_is_refused(tmp_path: Path) -> None:
 
 HOLD = """
 import os, sys, time
-from deepclust.run_folder import RunFolder
+from deepclust.training.run_folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 worker = os.fork()
 if worker:
@@ -77,11 +89,15 @@ time.sleep(60)
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     """A data worker that outlives the killed run for a while does not keep the folder locked."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     worker = int(holder.stdout.readline())
     try:
-        with pytest.raises(FolderError, match=f"in use by process {holder.pid} on {socket.gethostname()}"):
+        with pytest.raises(
+            FolderError, match=f"in use by process {holder.pid} on {socket.gethostname()}"
+        ):
             RunFolder.open(tmp_path)
         holder.kill()
         holder.wait()
@@ -179,7 +195,9 @@ def test_names_do_not_lead_out(tmp_path: Path, name: str) -> None:
     assert inside(tmp_path / "run", "x") == tmp_path / "run" / "x"
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\0b", "", ".", "..", " x", "x" * 300, "é" * 150, "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/b", "a\0b", "", ".", "..", " x", "x" * 300, "é" * 150, "a\\b"]
+)
 def test_a_run_name_is_one_plain_component(name: str) -> None:
     with pytest.raises(FolderError, match=r"run\.name"):
         choose_path("outputs", name)
@@ -195,7 +213,11 @@ def test_a_run_folder_is_where_it_is_asked_for() -> None:
 
 def test_places_that_cannot_be_used_are_told_in_words(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "file").write_text("x")
-    for path, words in [("file", "in the way"), ("file/run", "in the way"), ("x" * 300, "too long")]:
+    for path, words in [
+        ("file", "in the way"),
+        ("file/run", "in the way"),
+        ("x" * 300, "too long"),
+    ]:
         with pytest.raises(FolderError, match=f"run.dir=.* cannot be used: .*{words}"):
             RunFolder.open(tmp_path / path)
 
@@ -216,7 +238,9 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: Any, function: str) -> None:
+def test_a_full_disk_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: Any, function: str
+) -> None:
     path = tmp_path / "status.json"
     write_atomic(path, "old")
 
@@ -231,7 +255,9 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: Any, fu
 
 
 def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
-    """A child rewrites the file as fast as it can until it is killed; whatever is read is one of the two contents."""
+    """A child rewrites the file as fast as it can until it is killed; whatever is read is one of
+    the two contents.
+    """
     path, contents = tmp_path / "status.json", (b"a" * 10_000, b"b" * 20_000)
     write_atomic(path, contents[0])
     child = os.fork()

@@ -1,4 +1,6 @@
-"""Two ranks are one run: the same gradient as one rank, every image once, and stops and kills made good."""
+"""Two ranks are one run: the same gradient as one rank, every image once, and stops and kills made
+good.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,25 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from deepclust import checkpoint
 from deepclust.backbones import Backbone
-from deepclust.data.views import build_views
-from deepclust.distributed import World
+from deepclust.config.settings import OptimSettings, TrainerSettings
+from deepclust.data.views.transform import build_views
 from deepclust.heads import BankSpec, Head
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.runtime import checkpoint
+from deepclust.runtime.distributed import World
+from deepclust.training.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.runs import outcome, pixels, small_data, small_run, status, stop_at, words
 from tests.toys import toy_backbone, toy_images
 
 ROOT = Path(__file__).parent.parent
-VIEWS = {"clean": [], "strong": [{"random_affine": {"degrees": 15}}], "simclr": [{"pixel_noise": {"std": 0.1}}]}
+VIEWS = {
+    "clean": [],
+    "strong": [{"random_affine": {"degrees": 15}}],
+    "simclr": [{"pixel_noise": {"std": 0.1}}],
+}
 
-# ------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------------------- gr
 
 
 def make_head(name: str, num_samples: int) -> Head:
@@ -55,7 +61,15 @@ def one_step(world: World, name: str, micro: int) -> dict[str, torch.Tensor]:
     settings = TrainerSettings(epochs=1, batch_size=21, micro_batches=micro, precision="float32")
     optim = OptimSettings(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
     backbone: Backbone = toy_backbone()
-    trainer = Trainer(backbone, make_head(name, 21), images, transforms, settings=settings, optim=optim, world=world)
+    trainer = Trainer(
+        backbone,
+        make_head(name, 21),
+        images,
+        transforms,
+        settings=settings,
+        optim=optim,
+        world=world,
+    )
     before = {key: value.clone() for key, value in trainer.network.named_parameters()}
     trainer.prepare()
     trainer._refresh(trainer.progress())
@@ -83,21 +97,38 @@ def steps(rank: int, size: int) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_gradient_of_several_ranks_is_that_of_one(size):
-    """21 rows do not divide by 2: ranks hold unequal numbers. No batch statistics, so that nothing else differs."""
+    """21 rows do not divide by 2: ranks hold unequal numbers. No batch statistics, so that nothing
+    else differs.
+    """
     alone = steps(0, 1)
     together = run_ranks(steps, size)
-    assert sorted(row for result in together for row in result["scan, 1"]["bank rows"].tolist()) == list(range(21))
+    assert sorted(
+        row for result in together for row in result["scan, 1"]["bank rows"].tolist()
+    ) == list(range(21))
     for case, expected in alone.items():
-        assert max(float(value.detach().abs().max()) for key, value in expected.items() if "weight" in key) > 1e-4, case
+        assert (
+            max(
+                float(value.detach().abs().max())
+                for key, value in expected.items()
+                if "weight" in key
+            )
+            > 1e-4
+        ), case
         for result in together:
             for key, value in expected.items():
                 if key != "bank rows":
-                    torch.testing.assert_close(result[case][key], value, atol=1e-5, rtol=1e-5, msg=f"{case}: {key}")
+                    torch.testing.assert_close(
+                        result[case][key], value, atol=1e-5, rtol=1e-5, msg=f"{case}: {key}"
+                    )
         for result in together[1:]:
-            assert all(torch.equal(result[case][key], together[0][case][key]) for key in expected if key != "bank rows")
+            assert all(
+                torch.equal(result[case][key], together[0][case][key])
+                for key in expected
+                if key != "bank rows"
+            )
 
 
-# ------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------- wh
 
 TWO_RANKS = ("stages.selflabel.trainer.ema=0.9",)
 
@@ -109,7 +140,9 @@ def free_port() -> int:
 
 
 def rank_runs(rank: int, folder: str, ports: list[int]) -> None:
-    """On each of two ranks: a whole run; one stopped by rank 1 alone, in the second stage; the same again."""
+    """On each of two ranks: a whole run; one stopped by rank 1 alone, in the second stage; the same
+    again.
+    """
     torch.set_num_threads(1)
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     codes = []
@@ -134,7 +167,9 @@ def runs(tmp_path_factory):
 def test_two_ranks_make_one_run_with_each_image_once(runs):
     with open(runs / "whole" / "clusters.csv", newline="") as file:
         assert [int(row["index"]) for row in csv.DictReader(file)] == list(range(41))
-    rows = [json.loads(line) for line in (runs / "whole" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (runs / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == list(range(1, 19))
     assert json.loads((runs / "whole" / "env.json").read_text())["ranks"] == 2
     end = checkpoint.load(checkpoint.listing(runs / "whole" / "checkpoints")[-1])
@@ -148,13 +183,22 @@ def test_a_stop_that_one_rank_sees_is_made_good_by_both(runs):
 
 
 def test_one_rank_goes_on_from_two_and_says_so(runs, tmp_path, monkeypatch):
-    """Another number of ranks is allowed: sums are rounded differently, so figures agree but not to the last bit."""
-    end = next(path for path in checkpoint.listing(runs / "whole" / "checkpoints") if path.parent.name == "00-pretext")
+    """Another number of ranks is allowed: sums are rounded differently, so figures agree but not to
+    the last bit.
+    """
+    end = next(
+        path
+        for path in checkpoint.listing(runs / "whole" / "checkpoints")
+        if path.parent.name == "00-pretext"
+    )
     assert small_run(tmp_path / "run", *TWO_RANKS, f"resume={end}", data=small_data(41)) == 0
-    assert "It was saved by 2 process(es) and goes on with 1" in (tmp_path / "run" / "log.txt").read_text()
+    assert (
+        "It was saved by 2 process(es) and goes on with 1"
+        in (tmp_path / "run" / "log.txt").read_text()
+    )
 
 
-# ------------------------------------------------------------------------------------------- torchrun
+# ------------------------------------------------------------------------------------------- to
 
 
 class Torchrun:
@@ -162,24 +206,44 @@ class Torchrun:
 
     def __init__(self, folder: Path, *more: str) -> None:
         np.save(folder.parent / "images.npy", pixels(41))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
         data = ["data=arrays", f"data.images={folder.parent}/images.npy"]
         command = [*launcher, str(ROOT / "train.py"), *words(folder, *TWO_RANKS, *more), *data]
         self.folder = folder
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def wait_for_steps(self, count: int) -> None:
         metrics = self.folder / "metrics.jsonl"
-        while self.process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        while self.process.poll() is None and not (
+            metrics.exists() and metrics.read_text().count("\n") >= count
+        ):
             time.sleep(0.02)
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
+        children = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
+        return [
+            int(child)
+            for child in children
+            if "train.py" in Path(f"/proc/{child}/cmdline").read_text()
+        ]
 
     def end(self) -> tuple[int, str]:
         _, said = self.process.communicate(timeout=900)
@@ -198,7 +262,9 @@ LONGER = "stages.pretext.trainer.epochs=60"
 
 @pytest.mark.slow
 def test_torchrun_is_stopped_and_killed_and_goes_on_bit_for_bit(tmp_path):
-    """SIGTERM to the launcher, then SIGKILL of one rank, then to the end: the model of the run that was left alone."""
+    """SIGTERM to the launcher, then SIGKILL of one rank, then to the end: the model of the run that
+    was left alone.
+    """
     assert Torchrun(tmp_path / "whole", LONGER).end()[0] == 0
     first = Torchrun(tmp_path / "run", LONGER)
     first.wait_for_steps(5)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deepclust.signals import SIGNALS, StopRequest, StopRequested
+from deepclust.runtime.signals import SIGNALS, StopRequest, StopRequested
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_outside_the_main_thread_it_installs_nothing_and_works() -> None:
 
 PARENT = """
 import os, signal, sys, time
-from deepclust.signals import ignore_in_worker
+from deepclust.runtime.signals import ignore_in_worker
 worker = os.fork()
 if worker == 0:
     ignore_in_worker()
@@ -112,13 +112,17 @@ print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
 
 @pytest.fixture
 def parent() -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     yield process
     process.kill()
     process.communicate()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sender of a signal and PDEATHSIG are Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the sender of a signal and PDEATHSIG are Linux"
+)
 def test_a_worker_ignores_strangers_and_dies_with_its_parent(parent: subprocess.Popen[str]) -> None:
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
@@ -142,7 +146,7 @@ def test_a_worker_obeys_its_parent(parent: subprocess.Popen[str]) -> None:
 
 LEFT_OPEN = """
 from torch.utils.data import DataLoader
-from deepclust.signals import ignore_in_worker
+from deepclust.runtime.signals import ignore_in_worker
 loader = DataLoader(range(100), num_workers=1, worker_init_fn=ignore_in_worker, persistent_workers=True)
 batches = iter(loader)
 next(batches)
@@ -164,5 +168,10 @@ def _running(pid: int) -> bool:
 
 def test_importing_leaves_torch_alone() -> None:
     subprocess.run(
-        [sys.executable, "-c", "import sys, deepclust.signals; sys.exit('torch' in sys.modules)"], check=True
+        [
+            sys.executable,
+            "-c",
+            "import sys, deepclust.runtime.signals; sys.exit('torch' in sys.modules)",
+        ],
+        check=True,
     )

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepclust import config
-from deepclust.compose import Composed, compose
-from deepclust.config import build
-from deepclust.errors import UserError
-from deepclust.signatures import check_node, check_value, near, resolve, signature
+from deepclust.config import check as config
+from deepclust.config.build import build
+from deepclust.config.compose import Composed, compose
+from deepclust.config.signature import check_node, check_value, resolve, signature
+from deepclust.errors import UserError, near
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,14 @@ def problems_of(composed: Composed, tree: dict[str, Any]) -> list[str]:
 
 
 def test_near_prefers_a_single_slip_over_likeness():
-    assert near("lt", ["lr", "logit"]) == "lr" and near("rl", ["lr"]) == "lr" and near("zzz", ["lr"]) is None
+    assert (
+        near("lt", ["lr", "logit"]) == "lr"
+        and near("rl", ["lr"]) == "lr"
+        and near("zzz", ["lr"]) is None
+    )
 
 
-# --- wrong values ---------------------------------------------------------------------------------------------------
+# --- wrong values -----------------------------------------------------------------------------
 
 ANY_VALUE = st.one_of(
     st.none(),
@@ -56,7 +60,9 @@ ORACLES = {
     ("OptimSettings", "nesterov"): lambda v: isinstance(v, bool),
     ("OptimSettings", "name"): lambda v: v in ("adamw", "sgd"),
     ("TrainerSettings", "epochs"): lambda v: _is_number(v) and isinstance(v, int) and v >= 1,
-    ("TrainerSettings", "max_steps"): lambda v: v is None or (_is_number(v) and isinstance(v, int) and v >= 1),
+    ("TrainerSettings", "max_steps"): lambda v: (
+        v is None or (_is_number(v) and isinstance(v, int) and v >= 1)
+    ),
     ("TrainerSettings", "num_workers"): lambda v: _is_number(v) and isinstance(v, int) and v >= 0,
     ("TrainerSettings", "device"): lambda v: isinstance(v, str) and "\0" not in v,
     ("JobSettings", "seed"): lambda v: _is_number(v) and isinstance(v, int) and 0 <= v < 2**32,
@@ -68,7 +74,9 @@ ORACLES = {
 @given(value=ANY_VALUE)
 def test_values_are_taken_exactly_where_their_range_allows(kind, key, value):
     problems: list[str] = []
-    read = check_value(signature(f"deepclust.settings.{kind}").parameters[key].kind, value, key, problems)
+    read = check_value(
+        signature(f"deepclust.config.settings.{kind}").parameters[key].kind, value, key, problems
+    )
     assert (not problems) == ORACLES[kind, key](value), (value, problems)
     assert problems or read == value
 
@@ -78,21 +86,24 @@ def test_values_are_taken_exactly_where_their_range_allows(kind, key, value):
 def test_places_of_a_tuple_are_checked_and_become_a_tuple(low, high):
     problems: list[str] = []
     read = check_value(
-        signature("deepclust.settings.OptimSettings").parameters["betas"].kind, [low, high], "betas", problems
+        signature("deepclust.config.settings.OptimSettings").parameters["betas"].kind,
+        [low, high],
+        "betas",
+        problems,
     )
     assert (not problems) == (0 <= low < 1 and 0 <= high < 1)
     assert problems or read == (low, high)
 
 
-# --- targets --------------------------------------------------------------------------------------------------------
+# --- targets ----------------------------------------------------------------------------------
 
 BAD_TARGETS = """
 builtins.open builtins.eval builtins.exec builtins.__import__ os.system os.remove posix.system subprocess.run
 subprocess.Popen shutil.rmtree pathlib.Path.write_text importlib.import_module pickle.loads torch.load torch.hub.load
 torch.save torch.serialization.load torch.utils.data.get_worker_info numpy.load numpy.save ctypes.CDLL sys.exit
 socket.socket urllib.request.urlopen webbrowser.open runpy.run_path timm.os.system torchvision.os.system
-torch.nn.os.system torch.nn.modules.module.warnings.warn deepclust.config.os.system deepclust.heads.scan.torch.load
-deepclust.cli.main.main deepclust.config.load deepclust.heads.scan.copy deepclust.backbones.torch
+torch.nn.os.system torch.nn.modules.module.warnings.warn deepclust.config.check.os.system deepclust.heads.scan.torch.load
+deepclust.cli.main.main deepclust.config.load.load deepclust.heads.scan.copy deepclust.backbones.torch
 deepclust.heads.base.Any
 deepclustx.heads.Head os system deepclust..os torch.nn torchvision.sys.exit torch.nn.functional.torch.hub.load
 """.split()  # noqa: SIM905
@@ -107,7 +118,11 @@ def test_nothing_but_methods_can_be_built(composed, target, tmp_path):
         place[section] = {"_target_": target, "file": str(canary), "mode": "w"}
         assert any("_target_" in line for line in problems_of(composed, tree))
     nested: list[str] = []
-    check_node({"_target_": "deepclust.heads.simclr.SimCLR", "temperature": {"_target_": target}}, "head", nested)
+    check_node(
+        {"_target_": "deepclust.heads.simclr.SimCLR", "temperature": {"_target_": target}},
+        "head",
+        nested,
+    )
     assert nested
     with pytest.raises(UserError):
         build({"_target_": target, "file": str(canary), "mode": "w"})
@@ -116,7 +131,9 @@ def test_nothing_but_methods_can_be_built(composed, target, tmp_path):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("target", [None, 3, ["os.system"], {"a": 1}, "", "deepclust.heads.simclr.SimCLR()", "a.b;c"])
+@pytest.mark.parametrize(
+    "target", [None, 3, ["os.system"], {"a": 1}, "", "deepclust.heads.simclr.SimCLR()", "a.b;c"]
+)
 def test_targets_that_are_no_names_are_refused(composed, target):
     tree = copy.deepcopy(composed.tree)
     tree["backbone"]["_target_"] = target

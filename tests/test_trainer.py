@@ -1,4 +1,6 @@
-"""The loop against the contract of a head: what toy heads need, none of which has a line in the trainer."""
+"""The loop against the contract of a head: what toy heads need, none of which has a line in the
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,35 @@ from collections import Counter
 import pytest
 import torch
 
-from deepclust.checkpoint import digest_state
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.sampler import Plan
 from deepclust.errors import UserError
 from deepclust.heads import BankSpec, Refresh, View
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Hooks, Stopped, Trainer
-from tests.toys import TOYS, CrossHeads, Pairwise, Plain, Relabelling, toy_backbone, toy_images, toy_transforms
+from deepclust.runtime.checkpoint import digest_state
+from deepclust.training.trainer import Hooks, Stopped, Trainer
+from tests.toys import (
+    TOYS,
+    CrossHeads,
+    Pairwise,
+    Plain,
+    Relabelling,
+    toy_backbone,
+    toy_images,
+    toy_transforms,
+)
 
 IMAGES = toy_images()
 TRANSFORMS = toy_transforms(IMAGES)
 
 
 def make(head, *, norm=False, hooks=None, optim=None, **settings):
-    settings = {"epochs": 2, "batch_size": 16, "precision": "float32", "log_every_steps": 1, **settings}
+    settings = {
+        "epochs": 2,
+        "batch_size": 16,
+        "precision": "float32",
+        "log_every_steps": 1,
+        **settings,
+    }
     return Trainer(
         toy_backbone(norm),
         head,
@@ -38,19 +55,29 @@ def make(head, *, norm=False, hooks=None, optim=None, **settings):
 def test_every_toy_head_trains_without_a_line_in_the_trainer(kind, ema):
     torch.manual_seed(0)
     seen = []
-    trainer = make(kind(), ema=ema, hooks=Hooks(log=lambda metrics, progress: seen.append(metrics["loss"])))
+    trainer = make(
+        kind(), ema=ema, hooks=Hooks(log=lambda metrics, progress: seen.append(metrics["loss"]))
+    )
     before = copy.deepcopy(trainer.network.state_dict())
     trainer.fit()
     assert len(seen) == trainer.num_steps == 8
     assert all(value == value for value in seen)
-    moved = {name for name, value in trainer.network.named_parameters() if not torch.equal(value, before[name])}
+    moved = {
+        name
+        for name, value in trainer.network.named_parameters()
+        if not torch.equal(value, before[name])
+    }
     assert {"head.layer.weight", "backbone.body.0.weight"} <= moved
 
 
 def test_a_pass_visits_every_sample_once_in_batches_that_differ_by_at_most_one():
     for size, ranks in ((16, 1), (16, 3), (59, 1), (60, 1), (7, 2)):
         plan = Plan.draw(60, size, 0, 0, 0, None)
-        parts = [plan.positions(batch, rank, ranks) for batch in range(plan.num_batches) for rank in range(ranks)]
+        parts = [
+            plan.positions(batch, rank, ranks)
+            for batch in range(plan.num_batches)
+            for rank in range(ranks)
+        ]
         assert torch.equal(torch.cat(parts), torch.arange(60))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1 + (ranks > 1)
         assert max(map(len, parts)) <= size
@@ -65,13 +92,17 @@ def test_micro_batches_give_the_gradient_of_the_macro_batch():
     for micro in (1, 3, 16):
         torch.manual_seed(1)
         trainer = make(
-            Plain(), micro_batches=micro, optim=OptimSettings(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+            Plain(),
+            micro_batches=micro,
+            optim=OptimSettings(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0),
         )
         start = copy.deepcopy(trainer.network.state_dict())
         trainer.network.train()
         batch = next(trainer.batches())
         trainer.train_step(batch, trainer.progress())
-        grads.append({name: start[name] - value for name, value in trainer.network.named_parameters()})
+        grads.append(
+            {name: start[name] - value for name, value in trainer.network.named_parameters()}
+        )
     for other in grads[1:]:
         for name, value in grads[0].items():
             torch.testing.assert_close(other[name], value, atol=1e-6, rtol=1e-4)
@@ -79,7 +110,9 @@ def test_micro_batches_give_the_gradient_of_the_macro_batch():
 
 def test_a_bank_of_features_leaves_the_head_alone(monkeypatch):
     trainer = make(Plain())
-    expected = trainer.network.outputs({0: TRANSFORMS["clean"].batch(IMAGES.images, torch.zeros(60).long())})[0].z
+    expected = trainer.network.outputs(
+        {0: TRANSFORMS["clean"].batch(IMAGES.images, torch.zeros(60).long())}
+    )[0].z
     monkeypatch.setattr(trainer.head, "forward", lambda *_: pytest.fail("the head was asked"))
     torch.testing.assert_close(trainer.bank(BankSpec()).features, expected.detach())
 
@@ -88,7 +121,10 @@ def test_step_per_micro_takes_a_step_on_each_micro_batch():
     steps = []
     trainer = make(Plain(), micro_batches=4, optim=OptimSettings(step_per="micro"))
     original = trainer.stepper.optimizer.step
-    trainer.stepper.optimizer.step = lambda *args, **kwargs: (steps.append(1), original(*args, **kwargs))[1]
+    trainer.stepper.optimizer.step = lambda *args, **kwargs: (
+        steps.append(1),
+        original(*args, **kwargs),
+    )[1]
     trainer.fit()
     assert len(steps) == 4 * trainer.num_steps
 
@@ -154,7 +190,9 @@ def test_teacher_is_the_moving_average_of_the_student():
 
 
 def test_order_partners_and_reset_reach_the_right_places():
-    """An order becomes the pass that follows, partners the second view; reset drops the optimiser's state."""
+    """An order becomes the pass that follows, partners the second view; reset drops the optimiser's
+    state.
+    """
     visits = []
 
     class Watching(Relabelling):
@@ -180,7 +218,10 @@ def test_order_partners_and_reset_reach_the_right_places():
         assert torch.equal(source[1], (source[0] - 1) % 60)
     weight = trainer.head.get_parameter("layer.weight")
     assert int(trainer.stepper.optimizer.state[weight]["step"]) == 4 < trainer.num_steps
-    assert int(trainer.stepper.optimizer.state[trainer.network.backbone.body[0].weight]["step"]) == trainer.num_steps
+    assert (
+        int(trainer.stepper.optimizer.state[trainer.network.backbone.body[0].weight]["step"])
+        == trainer.num_steps
+    )
 
 
 def test_a_stop_inside_a_refresh_leaves_the_state_before_it():
@@ -192,7 +233,9 @@ def test_a_stop_inside_a_refresh_leaves_the_state_before_it():
             return Refresh(reset=("layer.weight",))
 
     saved = []
-    hooks = Hooks(save=lambda state, progress: saved.append(copy.deepcopy(state)), save_every_steps=4)
+    hooks = Hooks(
+        save=lambda state, progress: saved.append(copy.deepcopy(state)), save_every_steps=4
+    )
     trainer = make(Failing(), hooks=hooks)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
@@ -218,7 +261,9 @@ def test_each_bank_pass_draws_its_views_anew_and_repeatably():
     trainer = make(Plain())
     first, again = (trainer.bank(BankSpec(mode="train", view="strong")).features for _ in range(2))
     trainer.step = 1
-    assert torch.equal(first, again) and not torch.equal(first, trainer.bank(BankSpec("train", "strong")).features)
+    assert torch.equal(first, again) and not torch.equal(
+        first, trainer.bank(BankSpec("train", "strong")).features
+    )
 
 
 def test_evaluation_does_not_change_training():
@@ -255,7 +300,9 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, stop):
 
 @pytest.mark.parametrize("part", ["backbone", "head", "optimizer", "sampler", "teacher"])
 def test_every_part_of_the_state_is_needed(part):
-    """The proof that the test above can fail: with one part left as drawn, the resumed run is another one."""
+    """The proof that the test above can fail: with one part left as drawn, the resumed run is
+    another one.
+    """
     torch.manual_seed(0)
     whole = make(Relabelling(), norm=True, ema=0.9)
     saved = []
@@ -309,7 +356,9 @@ def test_batches_without_any_gradient_change_nothing(precision):
             return losses if self.losses > 3 else {"loss": losses["loss"].detach()}
 
     trainer, seen = make(Later(), precision=precision, epochs=1), []
-    trainer.hooks = Hooks(log=lambda *_: seen.append(trainer.network.head.layer.weight.detach().clone()))
+    trainer.hooks = Hooks(
+        log=lambda *_: seen.append(trainer.network.head.layer.weight.detach().clone())
+    )
     trainer.fit()
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[2], seen[3])
 
@@ -368,7 +417,9 @@ def test_an_image_that_goes_bad_leaves_its_batch_smaller():
 
     images.__class__ = Going
     hooks = Hooks(failure=lambda sample, reason: failures.append((sample, reason)))
-    settings = TrainerSettings(epochs=1, batch_size=16, views="workers", num_workers=0, precision="float32")
+    settings = TrainerSettings(
+        epochs=1, batch_size=16, views="workers", num_workers=0, precision="float32"
+    )
     trainer = Trainer(toy_backbone(), Plain(), images, TRANSFORMS, settings=settings, hooks=hooks)
     trainer.fit()
     assert failures == [(5, "gone bad")]
@@ -376,7 +427,9 @@ def test_an_image_that_goes_bad_leaves_its_batch_smaller():
 
 
 def test_the_references_moving_average_slows_the_student_and_pins_batch_statistics():
-    """SCAN's code loads the average back after each step: steps (1 - ema) of the size, BatchNorm as at the start."""
+    """SCAN's code loads the average back after each step: steps (1 - ema) of the size, BatchNorm as
+    at the start.
+    """
     moves = []
     for mode, ema in (("teacher", None), ("reference", 0.9)):
         torch.manual_seed(1)
@@ -385,7 +438,9 @@ def test_the_references_moving_average_slows_the_student_and_pins_batch_statisti
         trainer.prepare()
         start = copy.deepcopy(trainer.network.state_dict())
         trainer.train_step(next(trainer.batches()), trainer.progress())
-        moves.append({name: value - start[name] for name, value in trainer.network.state_dict().items()})
+        moves.append(
+            {name: value - start[name] for name, value in trainer.network.state_dict().items()}
+        )
     for name, value in moves[0].items():
         if "running" in name:
             assert value.abs().sum() > 0 and moves[1][name].abs().sum() == 0

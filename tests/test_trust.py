@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust.config import load
+from deepclust.config.load import load
 from deepclust.eval import calibration_scores
-from deepclust.heads.kmeans import KMeansHead
+from deepclust.eval.confidence import confidence_report, reference_clusterings
+from deepclust.heads.readout import KMeansHead
 from deepclust.model import Clusterer, Network
-from deepclust.recipe import train
 from deepclust.report.reliability import reliability_section, trust_table, trust_words
-from deepclust.trust import confidence_report, reference_clusterings
+from deepclust.training.recipe import train
 from tests.runs import SMALL, pixels, small_data, small_run
 
 
@@ -34,7 +34,9 @@ class Sharp(KMeansHead):
 def blobs() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     classes = random.integers(0, 4, 300)
-    return (random.normal(size=(4, 16))[classes] + random.normal(size=(300, 16)) / 2).astype(np.float32), classes
+    return (random.normal(size=(4, 16))[classes] + random.normal(size=(300, 16)) / 2).astype(
+        np.float32
+    ), classes
 
 
 def network(kind: type[KMeansHead], features: np.ndarray) -> Network:
@@ -61,14 +63,18 @@ def test_without_a_calibration_the_variants_are_three():
     estimate = found["estimate"]
     assert estimate["accuracy_error"] == pytest.approx(estimate["accuracy"] - expected["acc"])
     assert abs(estimate["accuracy_error"]) < 0.05
-    assert found["scores"]["temperature"]["confidence"] == pytest.approx(estimate["accuracy"], abs=1e-4)
+    assert found["scores"]["temperature"]["confidence"] == pytest.approx(
+        estimate["accuracy"], abs=1e-4
+    )
 
 
 def test_a_calibrating_head_is_shown_beside_what_it_calibrates():
     features, classes = blobs()
     found = report(network(Sharp, features), features, classes)
     assert list(found["scores"]) == ["predicted", "uncalibrated", "temperature", "constant"]
-    assert found["scores"]["predicted"]["confidence"] < found["scores"]["uncalibrated"]["confidence"]
+    assert (
+        found["scores"]["predicted"]["confidence"] < found["scores"]["uncalibrated"]["confidence"]
+    )
     raw = report(network(KMeansHead, features), features, classes)
     assert found["scores"]["uncalibrated"] == raw["scores"]["predicted"]
     assert found["scores"]["temperature"] == raw["scores"]["temperature"]
@@ -79,7 +85,9 @@ def test_without_labels_there_is_an_estimate_and_no_score():
     with_labels = report(network(KMeansHead, features), features, classes)
     found = report(network(KMeansHead, features), features, None)
     assert found["scores"] == {} and set(found["estimate"]) == {"accuracy", "ece", "temperature"}
-    assert all(found["estimate"][name] == with_labels["estimate"][name] for name in found["estimate"])
+    assert all(
+        found["estimate"][name] == with_labels["estimate"][name] for name in found["estimate"]
+    )
     assert "it is" not in trust_words(found) and "<table" not in reliability_section(found)
     assert "agreement with independent clusterings" in reliability_section(found)
 
@@ -102,7 +110,9 @@ def test_a_run_reports_its_confidences(tmp_path, labels):
         assert scores["calibration"]["samples"] == 60
         assert bool(scores["calibration"]["scores"]) == (labels is not None)
     page = (tmp_path / "report.html").read_text()
-    assert "Confidences</h2>" in page and page.count('class="curve reliability"') == (1 if labels is None else 2)
+    assert "Confidences</h2>" in page and page.count('class="curve reliability"') == (
+        1 if labels is None else 2
+    )
 
 
 def test_clusters_and_predictions_carry_the_calibrated_confidence(tmp_path):
@@ -122,10 +132,14 @@ def test_clusters_and_predictions_carry_the_calibrated_confidence(tmp_path):
     assert [int(row["cluster"]) for row in rows] == p.argmax(1).tolist()
     np.testing.assert_allclose([float(row["confidence"]) for row in rows], p.max(1), atol=1e-5)
     (scores,) = json.loads((tmp_path / "summary.json").read_text())["stages"].values()
-    assert scores["calibration"]["scores"]["predicted"]["confidence"] == pytest.approx(float(p.max(1).mean()), abs=1e-5)
+    assert scores["calibration"]["scores"]["predicted"]["confidence"] == pytest.approx(
+        float(p.max(1).mean()), abs=1e-5
+    )
     assert "uncalibrated" in scores["calibration"]["scores"]
 
 
 def test_a_run_may_leave_it_out(tmp_path):
     small_run(tmp_path, "eval.calibration=false")
-    assert "calibration" not in json.loads((tmp_path / "summary.json").read_text())["stages"]["scan"]
+    assert (
+        "calibration" not in json.loads((tmp_path / "summary.json").read_text())["stages"]["scan"]
+    )

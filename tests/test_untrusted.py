@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepclust.compose import ConfigError, conf_folder, options
-from deepclust.config import build, load
-from deepclust.errors import UserError
+from deepclust.config.build import build
+from deepclust.config.compose import conf_folder, options
+from deepclust.config.load import load
+from deepclust.config.signature import Node, signature
+from deepclust.config.targets import BACKBONES, DATA, HEADS, LAYERS, SECTIONS, resolve
+from deepclust.errors import ConfigError, UserError
 from deepclust.heads.base import Head
-from deepclust.signatures import Node, signature
-from deepclust.targets import BACKBONES, DATA, HEADS, LAYERS, SECTIONS, resolve
 from tests.strangers import Stranger, write
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,9 @@ EXPERIMENTS = {
 
 
 @pytest.mark.parametrize("place", EXPERIMENTS)
-def test_nothing_that_a_strangers_experiment_names_is_run(stranger: Stranger, place: str, monkeypatch: Any):
+def test_nothing_that_a_strangers_experiment_names_is_run(
+    stranger: Stranger, place: str, monkeypatch: Any
+):
     """The folder holds a module, too, whose import would leave the canary."""
     write(stranger.folder / "trap.py", TRAP.format(canary=str(stranger.canary)))
     monkeypatch.setenv("STRANGE", "trap.Evil")
@@ -81,7 +84,10 @@ def test_nothing_that_a_strangers_experiment_names_is_run(stranger: Stranger, pl
 @pytest.mark.parametrize("kind", ["unpickle", "unpack", "open", "trap"])
 def test_a_groups_file_and_words_go_by_the_same_rule(stranger: Stranger, kind: str):
     write(stranger.folder / "trap.py", TRAP.format(canary=str(stranger.canary)))
-    conf, nodes = [stranger.folder / "conf"], {**stranger.nodes(), "trap": {"_target_": "trap.Evil"}}
+    conf, nodes = (
+        [stranger.folder / "conf"],
+        {**stranger.nodes(), "trap": {"_target_": "trap.Evil"}},
+    )
     node, groups = nodes[kind], ("head", "backbone", "data")
     for group in groups:
         write(conf[0] / f"{group}/sly.yaml", json.dumps(node))
@@ -107,37 +113,53 @@ def test_what_the_command_line_trusts_goes_before_what_a_file_does(stranger: Str
     conf = [stranger.folder / "conf"]
     with pytest.raises(ConfigError, match=r"backbone._target_=trap.Evil: may not be built"):
         load(["experiment=sly", "head=mine", "recipe=single", "trust=[mine_own]"], conf)
-    assert load(["head=mine", "trust=[mine_own]"], conf).stages["main"].head["_target_"] == "mine_own.Mine"
+    assert (
+        load(["head=mine", "trust=[mine_own]"], conf).stages["main"].head["_target_"]
+        == "mine_own.Mine"
+    )
     assert not stranger.canary.exists() and "trap" not in sys.modules
 
 
 def test_files_beside_a_folder_of_groups_are_not_importable(stranger: Stranger):
     """Neither as a plugin of Hydra nor in the place of a package that is not installed."""
     canary = f"open({str(stranger.canary)!r}, 'w')\n"
-    for place in ("hydra_plugins/sly/plugin.py", "hydra_plugins/sly/__init__.py", "package_of_nobody.py"):
+    for place in (
+        "hydra_plugins/sly/plugin.py",
+        "hydra_plugins/sly/__init__.py",
+        "package_of_nobody.py",
+    ):
         write(stranger.folder / place, canary)
     write(stranger.folder / "conf/experiment/plain.yaml", "# @package _global_\nseed: 3\n")
     code = (
-        "import importlib.util, sys; from pathlib import Path; from deepclust.config import load\n"
+        "import importlib.util, sys; from pathlib import Path; from deepclust.config.load import load\n"
         f"assert load(['experiment=plain'], [Path({str(stranger.folder / 'conf')!r})]).seed == 3\n"
         "assert importlib.util.find_spec('package_of_nobody') is None"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert not stranger.canary.exists()
 
 
-# --- the list -------------------------------------------------------------------------------------
+# --- the list ---------------------------------------------------------------------------------
 
 
 def test_the_list_holds_what_conf_names_and_nothing_but_heads_backbones_and_data_sets():
     for group, listed in (("head", HEADS), ("backbone", BACKBONES), ("data", DATA)):
         for name, _ in options(group):
             lines = (conf_folder() / group / f"{name}.yaml").read_text().splitlines()
-            targets = [line.partition(":")[2].strip() for line in lines if line.strip().startswith("_target_:")]
+            targets = [
+                line.partition(":")[2].strip()
+                for line in lines
+                if line.strip().startswith("_target_:")
+            ]
             assert len(targets) == 1 and targets[0] in listed, (group, name)
     for target in HEADS:
-        assert issubclass(resolve(target), Head) and resolve(target).__module__ == target.rpartition(".")[0]
+        assert (
+            issubclass(resolve(target), Head)
+            and resolve(target).__module__ == target.rpartition(".")[0]
+        )
     for target in (*BACKBONES, *DATA):
         returned = resolve(target).__annotations__["return"]
         assert returned == ("Backbone" if target in BACKBONES else "ImageData"), target
@@ -170,7 +192,9 @@ class Own(nn.Module):
 """
 
 
-def test_a_head_of_ones_own_may_take_layers_where_its_signature_says_so(tmp_path: Path, monkeypatch: Any):
+def test_a_head_of_ones_own_may_take_layers_where_its_signature_says_so(
+    tmp_path: Path, monkeypatch: Any
+):
     write(tmp_path / "own_layers.py", OWN)
     monkeypatch.syspath_prepend(tmp_path)
     layer = {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 2}
@@ -190,7 +214,8 @@ def test_a_head_of_ones_own_may_take_layers_where_its_signature_says_so(tmp_path
 
 
 @pytest.mark.parametrize(
-    "target", ["own_names._hidden.X", "own_names.X._y", "_own.X", "own_names.__class__", "own_names"]
+    "target",
+    ["own_names._hidden.X", "own_names.X._y", "_own.X", "own_names.__class__", "own_names"],
 )
 def test_names_with_leading_underscores_are_never_built(target: str):
     with pytest.raises(UserError):

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from deepclust import own_code
 from deepclust.cli import main
+from deepclust.collection.edit import edit
+from deepclust.collection.landmarks import save_model
+from deepclust.collection.run import FolderRun
 from deepclust.data.store import MANIFEST, FeatureStore
-from deepclust.encoders import find_encoder
 from deepclust.errors import UserError
-from deepclust.folder.edit import edit
-from deepclust.folder.run import FolderRun
-from deepclust.folder.votes import save_model
-from deepclust.own_code import KNOWN, read_code
+from deepclust.features.encoder import find_encoder
+from deepclust.runtime import own_code
+from deepclust.runtime.own_code import KNOWN, read_code
 from tests.folder.toys import NETS, toy_landmarks, toy_run
 
 TRACED = f"""
@@ -54,7 +54,14 @@ class Theirs:
     def predict(self, *more: str, run: str = "run") -> int:
         """Clusters of an image by the run's model."""
         image = self.folder / "photos/red/002.png"
-        words = ["predict", str(self.folder / run), str(image), "-o", str(self.folder / "c.csv"), "--new"]
+        words = [
+            "predict",
+            str(self.folder / run),
+            str(image),
+            "-o",
+            str(self.folder / "c.csv"),
+            "--new",
+        ]
         return main([*words, *more])
 
     def ran(self) -> bool:
@@ -82,7 +89,9 @@ class Theirs:
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, settings_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Theirs:
+def theirs(
+    tmp_path: Path, settings_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Theirs:
     monkeypatch.setattr("tests.folder.toys.NETS", TRACED.replace("{", "{{").replace("}", "}}"))
     run = toy_run(tmp_path)
     toy_landmarks(run)
@@ -97,7 +106,10 @@ def test_a_strangers_run_says_what_would_run_and_how_to_allow_it(theirs: Theirs)
     line = theirs.refuses("That would run the function colours of")
     digest = hashlib.sha256(theirs.file.read_bytes()).hexdigest()
     assert (
-        "\n" not in line and digest in line and f"--trust {theirs.file}" in line and f"--backbone {theirs.name}" in line
+        "\n" not in line
+        and digest in line
+        and f"--trust {theirs.file}" in line
+        and f"--backbone {theirs.name}" in line
     )
 
 
@@ -105,7 +117,10 @@ def test_the_user_may_trust_it_each_time(theirs: Theirs, settings_folder: Path):
     assert theirs.predict("--trust", str(theirs.file)) == 0 and theirs.ran()
     theirs.refuses("That would run")
     assert not settings_folder.exists(), "trust is for this once"
-    assert theirs.predict("--trust", "nets") == 2 and theirs.predict("--trust", str(theirs.folder)) == 2
+    assert (
+        theirs.predict("--trust", "nets") == 2
+        and theirs.predict("--trust", str(theirs.folder)) == 2
+    )
     assert not theirs.ran()
 
 
@@ -123,11 +138,14 @@ def test_what_the_user_ran_by_name_runs_again(theirs: Theirs, settings_folder: P
 def test_naming_it_for_a_folder_of_ones_own_counts(theirs: Theirs, command: str):
     photos, store = str(theirs.folder / "photos"), str(theirs.folder / "mine")
     more = ["-k", "2", "-o", str(theirs.folder / "clusters")] if command == "cluster" else []
-    assert main([command, photos, "--backbone", theirs.name, "--store", store, *more]) == 0 and theirs.ran()
+    assert (
+        main([command, photos, "--backbone", theirs.name, "--store", store, *more]) == 0
+        and theirs.ran()
+    )
     assert theirs.predict(run="clusters" if more else "run") == 0 and theirs.ran()
 
 
-# --- what a stranger may try once the user ran a file of theirs by name ---------------------------
+# --- what a stranger may try once the user ran a file of theirs by name -----------------------
 
 
 @pytest.fixture
@@ -230,14 +248,18 @@ def test_words_of_a_store_are_quoted_where_they_are_to_be_typed(theirs: Theirs):
     shutil.copy(theirs.file, place / "nets.py")
     theirs.forge(rehash(place / "nets.py"))
     line = theirs.refuses("That would run")
-    assert "\n" not in line and shlex.split(line)[-1] == f"{place}/nets.py:colours".replace("\n", "?")
+    assert "\n" not in line and shlex.split(line)[-1] == f"{place}/nets.py:colours".replace(
+        "\n", "?"
+    )
 
 
 def test_runs_of_training_and_models_go_by_the_same_rule(theirs: Theirs):
     """Where config.yaml names the store instead of run.json."""
     shutil.copytree(theirs.folder / "run", theirs.folder / "trained")
     (theirs.folder / "trained/run.json").unlink()
-    (theirs.folder / "trained/config.yaml").write_text(f"data: {{file: {theirs.folder / 'store'}}}\n")
+    (theirs.folder / "trained/config.yaml").write_text(
+        f"data: {{file: {theirs.folder / 'store'}}}\n"
+    )
     theirs.refuses("That would run", run="trained")
     theirs.refuses("That would run", run="trained/model.safetensors")
     theirs.refuses("That would run", run="run/model.safetensors")
@@ -255,7 +277,13 @@ def test_what_needs_no_network_runs_no_code(theirs: Theirs):
 
 def test_a_store_holds_numbers_in_files_of_its_own(theirs: Theirs):
     """A map of objects would follow any address that the file holds."""
-    for column, value in (("dtype", "O"), ("dtype", "object"), ("name", "../evil"), ("dim", -1), ("identity", "[]")):
+    for column, value in (
+        ("dtype", "O"),
+        ("dtype", "object"),
+        ("name", "../evil"),
+        ("dim", -1),
+        ("identity", "[]"),
+    ):
         with sqlite3.connect(theirs.folder / "store" / MANIFEST) as db:
             before = db.execute(f"SELECT {column} FROM backbones").fetchone()
             db.execute(f"UPDATE backbones SET {column} = ?", (value,))
@@ -267,7 +295,7 @@ def test_a_store_holds_numbers_in_files_of_its_own(theirs: Theirs):
         db.close()
 
 
-# --- where it is remembered -----------------------------------------------------------------------
+# --- where it is remembered -------------------------------------------------------------------
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(theirs: Theirs, settings_folder: Path):
@@ -282,7 +310,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(theirs: Theirs, settings_fo
     theirs.refuses("That would run")
 
 
-def test_a_relative_folder_of_settings_does_not_count(theirs: Theirs, monkeypatch: pytest.MonkeyPatch):
+def test_a_relative_folder_of_settings_does_not_count(
+    theirs: Theirs, monkeypatch: pytest.MonkeyPatch
+):
     """It would be one of the folder that the user happens to be in."""
     (theirs.folder / "deepclust").mkdir()
     (theirs.folder / "deepclust" / KNOWN).write_text(read_code(theirs.name)._line + "\n")

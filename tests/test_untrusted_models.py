@@ -43,7 +43,9 @@ def forged(path: Path, **changes: Any) -> Path:
     from safetensors.torch import save_file
 
     weights = build_network(SPEC["backbone"], SPEC["head"], SPEC).state_dict()
-    spec = {key: value for key, value in {"format": 1, **SPEC, **changes}.items() if value is not ...}
+    spec = {
+        key: value for key, value in {"format": 1, **SPEC, **changes}.items() if value is not ...
+    }
     save_file(weights, path, {"deepclust": json.dumps({**spec, "sha256": _digest(spec, weights)})})
     return path
 
@@ -131,14 +133,30 @@ def test_every_command_that_takes_a_model_refuses_it(stranger: Stranger, kind: s
         for words in (
             ["predict", str(model), str(photos), "-o", out],
             ["features", str(photos), "--backbone", str(model), "--store", store],
-            ["cluster", str(photos), "-k", "2", "--backbone", str(model), "--store", store, "-o", f"{out}d"],
+            [
+                "cluster",
+                str(photos),
+                "-k",
+                "2",
+                "--backbone",
+                str(model),
+                "--store",
+                store,
+                "-o",
+                f"{out}d",
+            ],
         ):
             assert main(words) == 2
-            assert "cannot be loaded by its own description: backbone._target_=" in capsys.readouterr().err
+            assert (
+                "cannot be loaded by its own description: backbone._target_="
+                in capsys.readouterr().err
+            )
     assert not stranger.canary.exists()
 
 
-def test_a_model_reads_no_file_and_fetches_nothing_that_it_names(stranger: Stranger, monkeypatch: Any):
+def test_a_model_reads_no_file_and_fetches_nothing_that_it_names(
+    stranger: Stranger, monkeypatch: Any
+):
     import timm
 
     asked: list[dict[str, Any]] = []
@@ -149,15 +167,29 @@ def test_a_model_reads_no_file_and_fetches_nothing_that_it_names(stranger: Stran
         return create(name, **options)
 
     node = {"_target_": "deepclust.backbones.timm_backbone", "name": "test_vit"}
-    spec = {**SPEC, "backbone": node, "size": 160, "view_size": [160, 160], "image_size": [160, 160]}
+    spec = {
+        **SPEC,
+        "backbone": node,
+        "size": 160,
+        "view_size": [160, 160],
+        "image_size": [160, 160],
+    }
     network = build_network(node, SPEC["head"], spec)
     Clusterer(network, spec).save(stranger.folder / "honest.safetensors")
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr("torch.load", None)
-    for sly in ({"weights": str(stranger.folder / "evil.pth")}, {"pretrained": True}, {"weights": "/etc/passwd"}):
-        Clusterer(network, {**spec, "backbone": {**node, **sly}}).save(stranger.folder / "sly.safetensors")
+    for sly in (
+        {"weights": str(stranger.folder / "evil.pth")},
+        {"pretrained": True},
+        {"weights": "/etc/passwd"},
+    ):
+        Clusterer(network, {**spec, "backbone": {**node, **sly}}).save(
+            stranger.folder / "sly.safetensors"
+        )
         Clusterer.load(stranger.folder / "sly.safetensors")
-    assert asked and not any(each.get("pretrained") or each.get("pretrained_cfg_overlay") for each in asked)
+    assert asked and not any(
+        each.get("pretrained") or each.get("pretrained_cfg_overlay") for each in asked
+    )
     for name in ("hf-hub:evil/model", "local-dir:/tmp", "test_vit.hf-hub:x/y", "../evil"):
         fake = forged(stranger.folder / "model.safetensors", backbone={**node, "name": name})
         assert name in refused(fake)
@@ -182,7 +214,12 @@ WRONG: dict[str, list[Any]] = {
         [{"gaussian_blur": {"kernel": 2}}],
     ],
     "backbone": [..., None, [], {}, "identity", {"_target_": "deepclust.heads.scan.SCAN"}],
-    "head": [..., None, {"_target_": "deepclust.backbones.identity"}, {"_target_": "torch.nn.Identity"}],
+    "head": [
+        ...,
+        None,
+        {"_target_": "deepclust.backbones.identity"},
+        {"_target_": "torch.nn.Identity"},
+    ],
     "format": ["1", 99, 1.0, None, [1]],
 }
 
@@ -195,14 +232,21 @@ def test_the_description_is_checked_as_a_whole(tmp_path: Path, key: str):
 
 
 HUGE = {
-    "anchors": {"head": {"_target_": "deepclust.heads.votes.Votes", "num_anchors": 10**12}},
-    "components": {"head": {"_target_": "deepclust.heads.votes.Votes", "num_components": 10**15}},
-    "beyond 64 bits": {"head": {"_target_": "deepclust.heads.votes.Votes", "num_anchors": 10**30}},
+    "anchors": {"head": {"_target_": "deepclust.heads.readout.Votes", "num_anchors": 10**12}},
+    "components": {"head": {"_target_": "deepclust.heads.readout.Votes", "num_components": 10**15}},
+    "beyond 64 bits": {
+        "head": {"_target_": "deepclust.heads.readout.Votes", "num_anchors": 10**30}
+    },
     "width": {"backbone": {"_target_": "deepclust.backbones.small_convnet", "width": 10**9}},
     "many modules": {"head": {"_target_": "deepclust.heads.scan.SCAN", "num_heads": 10**9}},
     "queue of training": {"head": {"_target_": "deepclust.heads.moco.MoCo", "queue_size": 10**12}},
     "clusters": {"num_clusters": 999_999},
-    "giant network": {"backbone": {"_target_": "deepclust.backbones.timm_backbone", "name": "vit_giant_patch14_224"}},
+    "giant network": {
+        "backbone": {
+            "_target_": "deepclust.backbones.timm_backbone",
+            "name": "vit_giant_patch14_224",
+        }
+    },
     "views": {"clean": [{"resize": {"size": 8000, "ratio": 8000}}]},
     "draws": {"clean": [{"random_ops": {"count": 10**9, "ops": [{"gamma": {}}]}}]},
     "another network": {"backbone": {"_target_": "deepclust.backbones.cifar_resnet"}},
@@ -226,9 +270,18 @@ def test_a_description_that_is_nested_without_end_is_refused(tmp_path: Path):
 
 
 def test_honest_models_of_every_kind_load(tmp_path: Path):
-    calibration = {"_target_": "deepclust.heads.calibration.Calibration", "inner": SPEC["head"], "mini_clusters": 3}
-    votes = {"_target_": "deepclust.heads.votes.Votes", "num_anchors": 7, "num_components": 5}
-    for head in (SPEC["head"], calibration, votes, {"_target_": "deepclust.heads.kmeans.KMeansHead"}):
+    calibration = {
+        "_target_": "deepclust.heads.calibration.Calibration",
+        "inner": SPEC["head"],
+        "mini_clusters": 3,
+    }
+    votes = {"_target_": "deepclust.heads.readout.Votes", "num_anchors": 7, "num_components": 5}
+    for head in (
+        SPEC["head"],
+        calibration,
+        votes,
+        {"_target_": "deepclust.heads.readout.KMeansHead"},
+    ):
         spec = {**SPEC, "head": head}
         model = Clusterer(build_network(spec["backbone"], head, spec), spec)
         model.save(tmp_path / "model.safetensors")

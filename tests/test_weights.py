@@ -1,4 +1,6 @@
-"""Weights of a file: the network is found wherever it lies, whole, or refused in words; nothing of it stays random."""
+"""Weights of a file: the network is found wherever it lies, whole, or refused in words; nothing of
+it stays random.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deepclust.backbones import timm_backbone
-from deepclust.encoders import find_encoder
 from deepclust.errors import UserError
+from deepclust.features.encoder import find_encoder
 from deepclust.weights import read_weights
 
 NAME = "test_vit"
@@ -25,7 +27,10 @@ State = dict[str, Tensor]
 def state_of(seed: int, name: str = NAME, **options: Any) -> State:
     torch.manual_seed(seed)
     state = timm.create_model(name, num_classes=0, **options).state_dict()
-    return {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in state.items()}
+    return {
+        key: torch.randn_like(value) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 def below(prefix: str, state: State) -> State:
@@ -45,8 +50,13 @@ def same(backbone: Any, state: State) -> bool:
 def layouts(state: State) -> dict[str, Any]:
     """The network as training scripts leave it."""
     half = len(state) // 2
-    mixed = {f"module.{key}" if index < half else key: value for index, (key, value) in enumerate(state.items())}
-    compiled = {key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state.items()}
+    mixed = {
+        f"module.{key}" if index < half else key: value
+        for index, (key, value) in enumerate(state.items())
+    }
+    compiled = {
+        key.replace("blocks.0.", "blocks.0._orig_mod."): value for key, value in state.items()
+    }
     return {
         "plain": state,
         "net": {"net": state, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
@@ -65,12 +75,18 @@ def layouts(state: State) -> dict[str, Any]:
         },
         "mixed": mixed,
         "compiled blocks": {"model": compiled},
-        "projection beside it": {**state, "projection_head.0.weight": torch.ones(4, 4), "mask_token": torch.ones(4)},
+        "projection beside it": {
+            **state,
+            "projection_head.0.weight": torch.ones(4, 4),
+            "mask_token": torch.ones(4),
+        },
     }
 
 
 @pytest.mark.parametrize("layout", list(layouts({})))
-def test_the_network_is_found_wherever_a_training_script_left_it(tmp_path: Path, layout: str) -> None:
+def test_the_network_is_found_wherever_a_training_script_left_it(
+    tmp_path: Path, layout: str
+) -> None:
     state = state_of(0)
     backbone = load(tmp_path / "w.pth", layouts(state)[layout])
     assert same(backbone, state)
@@ -107,7 +123,9 @@ def test_of_several_networks_the_averaged_one_is_taken_and_both_are_named(
     assert f"not used: the same {f'under {first}' if first else 'at the top'}" in backbone.note
 
 
-def test_safetensors_are_known_by_content_and_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_are_known_by_content_and_home_is_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = state_of(0)
     save_file(below("backbone.", state), tmp_path / "weights.bin")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -116,13 +134,22 @@ def test_safetensors_are_known_by_content_and_home_is_expanded(tmp_path: Path, m
 
 def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path) -> None:
     path, state = tmp_path / "w.pth", state_of(0)
-    deep = {**state, **{key.replace("blocks.1.", "blocks.9."): value for key, value in state.items()}}
+    deep = {
+        **state,
+        **{key.replace("blocks.1.", "blocks.9."): value for key, value in state.items()},
+    }
     thin = {key: value for key, value in state.items() if not key.startswith("blocks.1.")}
     wide = {**state, "norm.weight": torch.ones(65)}
     other = {f"layer{index}.weight": torch.ones(2) for index in range(9)}
     cases = [
-        (deep, r"78 of 78 tensors found at the top; not of this network: blocks\.9\.\S+, \S+, \S+ and \d+ more"),
-        (thin, r"66 of 78 tensors found at the top; missing: blocks\.1\.norm1\.weight, \S+, \S+ and 9 more"),
+        (
+            deep,
+            r"78 of 78 tensors found at the top; not of this network: blocks\.9\.\S+, \S+, \S+ and \d+ more",
+        ),
+        (
+            thin,
+            r"66 of 78 tensors found at the top; missing: blocks\.1\.norm1\.weight, \S+, \S+ and 9 more",
+        ),
         ({"net": thin}, r"66 of 78 tensors found under net/; missing"),
         (wide, r"of another shape: norm\.weight \(65,\) in the file and \(64,\) in the network"),
         ({**state, "norm_pre.weight": torch.ones(64)}, r"not of this network: norm_pre\.weight"),
@@ -134,7 +161,9 @@ def test_weights_of_another_network_are_refused_with_what_differs(tmp_path: Path
         with pytest.raises(UserError, match=words) as refused:
             load(path, content)
         assert str(refused.value).startswith(f"backbone.weights={path} could not be loaded")
-    with pytest.raises(UserError, match=r"^--weights .*w\.pth.*could not be loaded.*Give the --backbone NAME"):
+    with pytest.raises(
+        UserError, match=r"^--weights .*w\.pth.*could not be loaded.*Give the --backbone NAME"
+    ):
         torch.save(thin, path)
         find_encoder(NAME, str(path))
 
@@ -186,10 +215,18 @@ def original_convnext(state: State) -> State:
 
 
 @pytest.mark.parametrize("where", ["model", "teacher"])
-def test_names_of_the_authors_are_converted_as_timm_does_and_must_cover_all(tmp_path: Path, where: str) -> None:
+def test_names_of_the_authors_are_converted_as_timm_does_and_must_cover_all(
+    tmp_path: Path, where: str
+) -> None:
     state = state_of(0, "test_convnext")
-    theirs = {**original_convnext(state), "head.weight": torch.ones(1000, 64), "head.bias": torch.ones(1000)}
-    backbone = load(tmp_path / "w.pth", {where: theirs, "args": argparse.Namespace()}, "test_convnext")
+    theirs = {
+        **original_convnext(state),
+        "head.weight": torch.ones(1000, 64),
+        "head.bias": torch.ones(1000),
+    }
+    backbone = load(
+        tmp_path / "w.pth", {where: theirs, "args": argparse.Namespace()}, "test_convnext"
+    )
     assert same(backbone, state) and "names converted" in backbone.note
     lacking = {key: value for key, value in theirs.items() if not key.startswith("stages.2.0.")}
     with pytest.raises(UserError, match=r"missing: stages\.2\.blocks\.0"):
@@ -202,17 +239,24 @@ def test_what_timms_own_weights_lack_is_said(monkeypatch: pytest.MonkeyPatch) ->
     del state["norm.bias"]
 
     def create(name: str, pretrained: bool = False, **options: Any) -> Any:
-        more: dict[str, Any] = {"pretrained_cfg_overlay": {"state_dict": state}} if pretrained else {}
+        more: dict[str, Any] = (
+            {"pretrained_cfg_overlay": {"state_dict": state}} if pretrained else {}
+        )
         return usual(name, pretrained=pretrained, **options, **more)
 
     monkeypatch.setattr(timm, "create_model", create)
     backbone = timm_backbone(3, name=NAME, pretrained=True)
-    assert backbone.note == "timm's weights of test_vit lack norm.bias, which stay as they were drawn"
+    assert (
+        backbone.note == "timm's weights of test_vit lack norm.bias, which stay as they were drawn"
+    )
     state["norm.bias"] = torch.zeros(64)
     assert timm_backbone(3, name=NAME, pretrained=True).note == ""
 
 
 def test_objects_in_a_file_are_refused_by_name_and_never_built(tmp_path: Path) -> None:
     torch.save({"state_dict": state_of(0), "where": tmp_path}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"could not be loaded \(it holds Python objects, pathlib\S*, which are never"):
+    with pytest.raises(
+        UserError,
+        match=r"could not be loaded \(it holds Python objects, pathlib\S*, which are never",
+    ):
         read_weights(str(tmp_path / "w.pth"))

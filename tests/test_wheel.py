@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    hatchling = pytest.importorskip("hatchling.build", reason="pip install hatchling to build the wheel here")
+    hatchling = pytest.importorskip(
+        "hatchling.build", reason="pip install hatchling to build the wheel here"
+    )
     folder = tmp_path_factory.mktemp("wheel")
     before = os.getcwd()
     os.chdir(ROOT)
@@ -36,7 +38,9 @@ def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
         if sys.version_info >= (3, 11)
         else [sys.executable, "-c", code, *words]
     )
-    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=installed.parent, env=environment, capture_output=True, text=True
+    )
 
 
 def test_conf_is_inside_and_nothing_else_comes_along(installed):
@@ -48,7 +52,9 @@ def test_conf_is_inside_and_nothing_else_comes_along(installed):
 def test_what_reports_are_made_of_is_inside(installed):
     for path in (ROOT / "deepclust/report").iterdir():
         if path.is_file():
-            assert (installed / "deepclust" / "report" / path.name).read_bytes() == path.read_bytes()
+            assert (
+                installed / "deepclust" / "report" / path.name
+            ).read_bytes() == path.read_bytes()
 
 
 def test_the_installed_package_finds_its_configuration(installed):
@@ -60,4 +66,6 @@ def test_the_installed_package_finds_its_configuration(installed):
 
 def test_the_installed_package_refuses_a_wrong_key(installed):
     result = run(installed, "train", "optim.lrr=1")
-    assert result.returncode == 2 and "optim.lr" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2 and "optim.lr" in result.stderr and "Traceback" not in result.stderr
+    )

@@ -1,4 +1,6 @@
-"""Small images, nets and heads for tests of the trainer. Each head needs something that other trainers cannot carry."""
+"""Small images, nets and heads for tests of the trainer. Each head needs something that other
+trainers cannot carry.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,19 @@ from torch import Tensor, nn
 from deepclust.backbones import Backbone
 from deepclust.data.datasets import digits
 from deepclust.data.image_set import ImageSet
-from deepclust.data.views import ViewTransform, build_views
+from deepclust.data.views.transform import ViewTransform, build_views
 from deepclust.heads import BankSpec, Head, Output, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer
+from deepclust.heads.common.layers import ClusterLayer
 from deepclust.ops import kmeans
 
 AUGMENT = {
     "size": None,
     "views": {
         "clean": [],
-        "strong": [{"random_affine": {"degrees": 15, "translate": 0.1}}, {"pixel_noise": {"std": 0.05}}],
+        "strong": [
+            {"random_affine": {"degrees": 15, "translate": 0.1}},
+            {"pixel_noise": {"std": 0.05}},
+        ],
     },
 }
 
@@ -36,7 +41,12 @@ def toy_backbone(norm: bool = False, seed: int = 0) -> Backbone:
     """8 x 8 grey to 16 features; without batch statistics unless asked for."""
     torch.manual_seed(seed)
     middle: nn.Module = nn.BatchNorm2d(8) if norm else nn.Identity()
-    return Backbone(nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), middle, nn.Tanh(), nn.Flatten(), nn.Linear(128, 16)), 16)
+    return Backbone(
+        nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2, 1), middle, nn.Tanh(), nn.Flatten(), nn.Linear(128, 16)
+        ),
+        16,
+    )
 
 
 class Plain(Head):
@@ -62,7 +72,9 @@ class Plain(Head):
 
 
 class LearntTargets(Plain):
-    """Targets that carry gradient, made inside the loss, towards a parameter of their own (as in TURTLE)."""
+    """Targets that carry gradient, made inside the loss, towards a parameter of their own (as in
+    TURTLE).
+    """
 
     def __init__(self, dim: int = 16, num_clusters: int = 4) -> None:
         super().__init__(dim, num_clusters)
@@ -92,7 +104,9 @@ class InnerLoop(Plain):
 
 
 class Pairwise(Plain):
-    """Targets between the samples of a batch: no cluster axis, and rows that belong together (as in I-Con)."""
+    """Targets between the samples of a batch: no cluster axis, and rows that belong together (as in
+    I-Con).
+    """
 
     def targets(self, outputs, batch) -> Targets:
         return Targets(index=batch.index)
@@ -114,7 +128,10 @@ class CrossHeads(Plain):
 
     def loss(self, outputs, targets, batch):
         first, second = (logits.softmax(1) for logits in outputs[0].logits)
-        return {"loss": F.cross_entropy(outputs[0].logits[0], targets["codes"]) + (first.T @ second).square().mean()}
+        return {
+            "loss": F.cross_entropy(outputs[0].logits[0], targets["codes"])
+            + (first.T @ second).square().mean()
+        }
 
     def score(self, bank) -> Tensor:
         return torch.tensor([1.0, 0.5])
@@ -124,7 +141,9 @@ class CrossHeads(Plain):
 
 
 class Relabelling(Plain):
-    """K-means labels by index before each pass, quotas in the order, a classifier drawn anew, partners, a memory."""
+    """K-means labels by index before each pass, quotas in the order, a classifier drawn anew,
+    partners, a memory.
+    """
 
     views = (View("strong", used_for="loss"), View("strong", source="partner", used_for="loss"))
     training_buffers = ("labels", "memory")
@@ -137,7 +156,10 @@ class Relabelling(Plain):
         self.register_buffer("memory", torch.zeros(num_samples, dim))
 
     def bank_due(self, progress) -> BankSpec | None:
-        due = progress.epoch * progress.num_steps // progress.num_epochs == progress.step and not progress.final
+        due = (
+            progress.epoch * progress.num_steps // progress.num_epochs == progress.step
+            and not progress.final
+        )
         return BankSpec() if due else None
 
     def refresh(self, bank) -> Refresh:

@@ -33,18 +33,20 @@ from typing import Any, cast
 import torch
 
 from benchmarks.quality.common import table_row, table_rule, write_csv
-from deepclust import checkpoint
-from deepclust.config import RunConfig, build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
+from deepclust.config.run_config import RunConfig
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.image_set import ImageSet
-from deepclust.data.views import ViewTransform, build_views
+from deepclust.data.views.transform import ViewTransform, build_views
+from deepclust.eval.confidence import Reference, confidence_report, reference_clusterings
 from deepclust.heads import Head
 from deepclust.heads.calibration import Calibration
 from deepclust.heads.selflabel import SelfLabel
 from deepclust.model import Network, build_network
-from deepclust.recipe import train
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
-from deepclust.trust import Reference, confidence_report, reference_clusterings
+from deepclust.runtime import checkpoint
+from deepclust.training.recipe import train
+from deepclust.training.trainer import Trainer
 
 QUIET = ("eval.baselines=none", "eval.probes=false", "trainer.num_threads=1")
 SCORES = ("acc", "confidence", "ece", "adaptive_ece", "brier", "nll", "auroc", "aurc")
@@ -71,7 +73,7 @@ Figures = dict[str, dict[str, float | None]]
 """Figures by the names of `COLUMNS`, by METHOD/VARIANT or by variant."""
 
 
-# --- what all methods start from ------------------------------------------------------------------
+# --- what all methods start from --------------------------------------------------------------
 
 
 @dataclass
@@ -160,7 +162,7 @@ def _views(augment: dict[str, Any], images: ImageSet, head: Head) -> dict[str, V
     return build_views({**augment, "size": None}, images, names)
 
 
-# --- methods --------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------
 
 
 def measure(
@@ -198,7 +200,9 @@ def measure(
     classes = start.images.classes
     if classes is not None:
         classes = classes[rows.numpy()]
-    report = confidence_report(trainer.eval_network, features.numpy(), classes, start.reference, start.num_clusters)
+    report = confidence_report(
+        trainer.eval_network, features.numpy(), classes, start.reference, start.num_clusters
+    )
     figures: Figures = {
         name: {key: scores[key] for key in SCORES} for name, scores in report["scores"].items()
     }
@@ -244,7 +248,7 @@ def compare(start: Start, mini_clusters: int) -> Figures:
     return figures
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------
 
 
 def table(results: Sequence[Figures]) -> list[dict[str, Any]]:
@@ -288,7 +292,7 @@ def _cell(row: dict[str, Any], column: str) -> str:
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,11 +39,11 @@ from benchmarks.quality.common import (
     write_csv,
 )
 from deepclust import DeepClusterer
-from deepclust.clusterers import METHODS, Clustering, cluster
+from deepclust.clustering.choice import CRITERIA, DEFAULT, choose, criteria
+from deepclust.clustering.methods import METHODS, Clustering, cluster
 from deepclust.data.features import from_features
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
-from deepclust.eval.choice import CRITERIA, DEFAULT, choose, criteria
 
 SETS = ("digits-1", "fashion_mnist-1")
 """The last number is the imbalance; 1: none."""
@@ -71,7 +71,7 @@ MORE = {
 """Further settings of heads that are made to train a backbone too, which is frozen here."""
 
 
-# --- clusterings ----------------------------------------------------------------------------------
+# --- clusterings ------------------------------------------------------------------------------
 
 
 def by_head(head: str, x: np.ndarray, num_clusters: int, seed: int) -> Clustering:
@@ -110,7 +110,7 @@ def compute(cell: Cell, x: np.ndarray, num_clusters: int, out: Path) -> None:
     print(f"{cell} in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-# --- figures --------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -170,7 +170,7 @@ def groups(results: Sequence[Result], key: str) -> Iterator[tuple[str, list[Resu
         yield value, [result for result in results if getattr(result.cell, key) == value]
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------
 
 
 def table(results: Sequence[Result], by: str) -> list[str]:
@@ -261,7 +261,7 @@ def csv_row(result: Result) -> list[object]:
     return [cell.data, cell.seed, cell.method, result.clusters, *scores, *values, seconds]
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from deepclust import DeepClusterer
-from deepclust.config import build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
 from deepclust.data.features import features as read_features
 from deepclust.data.image_set import ImageData
-from deepclust.run_folder import write_atomic
+from deepclust.runtime.files import write_atomic
 
 PRETEXT_IMAGES = {"digits": 40_000, "fashion_mnist": 50_000}
 """Images seen by the short SimCLR stage: a minute or two on one core."""
@@ -48,7 +49,7 @@ class Cell:
         return out / "cells" / f"{name}{suffix}"
 
 
-# --- features -------------------------------------------------------------------------------------
+# --- features ---------------------------------------------------------------------------------
 
 
 @cache
@@ -98,7 +99,7 @@ def pretext(name: str, seed: int) -> dict[str, np.ndarray]:
     return {"features": model.transform(data.train), "labels": data.train.classes}
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
@@ -124,7 +125,7 @@ def publish(path: Path, text: str) -> None:
     print(text)
 
 
-# --- options --------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------
 
 
 def comparison_parser(description: str | None, out: str) -> argparse.ArgumentParser:
@@ -148,7 +149,7 @@ def named_files(words: Sequence[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------
 
 
 def table_row(cells: Iterable[str]) -> str:

@@ -31,16 +31,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from deepclust.collection.duplicates import DIFFERING, SIMILARITY, STRICTER, UNLIKE, near_duplicates
 from deepclust.data.perceptual import BITS, hash_bits
 from deepclust.data.store import FeatureStore
-from deepclust.extract import Asked, extract
-from deepclust.folder.duplicates import (
-    DIFFERING,
-    SIMILARITY,
-    STRICTER,
-    UNLIKE,
-    near_duplicates,
-)
+from deepclust.features.extract import Asked, extract
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -73,7 +67,7 @@ LOOSEST = "0.80-/12"
 MANY = 50_000
 
 
-# --- altered copies -------------------------------------------------------------------------------
+# --- altered copies ---------------------------------------------------------------------------
 
 
 def jpeg(quality: int) -> Change:
@@ -149,7 +143,7 @@ def make_copies(photos: Path, paths: Sequence[str], folder: Path) -> None:
             copy.convert("RGB").save(target, quality=quality)
 
 
-# --- features and hashes --------------------------------------------------------------------------
+# --- features and hashes ----------------------------------------------------------------------
 
 
 def store_of(folder: Path, store: Path, backbone: str) -> FeatureStore:
@@ -191,7 +185,7 @@ def close(rule: Rule, cosine: np.ndarray, bits: np.ndarray) -> np.ndarray:
     return (bits <= rule.differing) & (1 - cosine <= lacking)
 
 
-# --- the three parts ------------------------------------------------------------------------------
+# --- the three parts --------------------------------------------------------------------------
 
 
 def by_kind(photos: Rows, copies: Rows, truth: np.ndarray) -> None:
@@ -268,8 +262,7 @@ def grouped(photos: Rows, copies: Rows, truth: np.ndarray) -> None:
     kinds = ["original"] * len(photos.paths) + [path.split("/")[0] for path in copies.paths]
     together = representative == representative[pictured]
     print(
-        f"\n{len(pictured):,} photos and copies, no content hashes: "
-        "share that is in its original's group, in %"
+        f"\n{len(pictured):,} photos and copies, no content hashes: share that is in its original's group, in %"
     )
     shares = [f"{kind} {100 * together[np.array(kinds) == kind].mean():.1f}" for kind in KINDS]
     print(f"  {', '.join(shares)}")

@@ -30,11 +30,13 @@ from torch import Tensor, nn
 
 from benchmarks.quality.common import save_arrays
 from deepclust.backbones import Preprocess
-from deepclust.config import RunConfig, build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
+from deepclust.config.run_config import RunConfig
 from deepclust.data.bank import collect
 from deepclust.data.image_set import ImageData, ImageSet
-from deepclust.data.views import ViewTransform
-from deepclust.encoders import load_function
+from deepclust.data.views.transform import ViewTransform
+from deepclust.features.encoder import load_function
 
 SIDE = 224
 IMAGENET = Preprocess(SIDE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

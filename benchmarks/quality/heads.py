@@ -61,7 +61,7 @@ class Run:
     """Of train.py's command line."""
 
 
-# --- runs -----------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------
 
 
 def _run_of(options: argparse.Namespace, head: str, seed: int) -> Run:
@@ -131,7 +131,7 @@ def read(folder: Path, budget: int) -> dict[str, float | None]:
     }
 
 
-# --- the table ------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------
 
 
 def table(
@@ -200,7 +200,7 @@ def _command(options: argparse.Namespace, arguments: Sequence[str] | None) -> st
     return f"`{command}`: {over}, {options.budget:,} images seen each"
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,17 +39,18 @@ from benchmarks.quality.common import (
     table_rule,
     write_csv,
 )
-from deepclust.config import build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.features import from_features
-from deepclust.data.views import build_views
+from deepclust.data.views.transform import build_views
 from deepclust.eval import clustering_scores
 from deepclust.heads.p2ot import P2OT
 from deepclust.ops import kmeans, sinkhorn
 from deepclust.ops.spectral import spectral_clusters
 from deepclust.ops.transport import TransportResult
-from deepclust.run_folder import write_atomic
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.runtime.files import write_atomic
+from deepclust.training.trainer import Trainer
 
 SETS = ("digits-10", "digits-50", "fashion_mnist-10", "fashion_mnist-50")
 """The last number is the imbalance: images of the largest class over those of the smallest."""
@@ -79,7 +80,7 @@ Scored = tuple[Cell, dict[str, Any]]
 """A cell and what its file holds: `SCORES`, `clusters` and `seconds`."""
 
 
-# --- methods --------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------
 
 
 class SinkhornCodes(P2OT):
@@ -210,7 +211,7 @@ def compute(cell: Cell, x: Tensor, classes: np.ndarray) -> dict[str, Any]:
     return {**{score: scores[score] for score in SCORES}, "clusters": k, "seconds": seconds}
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------
 
 
 def rows_of(cells: Sequence[Scored]) -> Iterator[tuple[str, float, str, list[dict[str, Any]]]]:
@@ -266,7 +267,7 @@ def csv_row(scored: Scored) -> list[object]:
     return [cell.data, cell.factor, cell.seed, cell.method, scores["clusters"], *figures, seconds]
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,17 +39,17 @@ from benchmarks.quality.common import (
     table_rule,
 )
 from benchmarks.quality.num_clusters_cases import Case, cases, rows_of
-from deepclust.clusterers import cluster
+from deepclust.clustering.methods import cluster
+from deepclust.clustering.number import CRITERIA, estimate_num_clusters
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
-from deepclust.eval.number import CRITERIA, estimate_num_clusters
 
 NAMES = {"ours": "ours", "evoc": "EVoC", "umap_hdbscan": "UMAP + HDBSCAN"}
 SLACK = 1e-9
 """Allowed beyond a bound on a factor: 10 / 8 must count as within 25 % whatever the rounding."""
 
 
-# --- methods --------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------
 
 
 def ours(x: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
@@ -103,7 +103,7 @@ def compute(case: Case, method: str, x: np.ndarray, path: Path) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# --- figures --------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -169,7 +169,7 @@ def _mean_factor(off: np.ndarray) -> float:
     return float(np.exp(np.log(off).mean()))
 
 
-# --- tables ---------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------
 
 
 def table(results: Results, methods: Sequence[str]) -> list[str]:
@@ -259,7 +259,7 @@ def honesty(results: Results) -> list[str]:
     return lines
 
 
-# --- the command ----------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

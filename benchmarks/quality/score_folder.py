@@ -17,9 +17,9 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from deepclust.collection.landmarks import clusterer_of
+from deepclust.collection.run import FolderRun
 from deepclust.eval import calibration_scores, clustering_scores
-from deepclust.folder.run import FolderRun
-from deepclust.folder.votes import clusterer_of
 
 SCORES = ("acc", "macro_acc", "nmi", "ari")
 

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from deepclust.config import build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.datasets import from_arrays
-from deepclust.data.views import build_views
+from deepclust.data.views.transform import build_views
 from deepclust.heads.calibration import Calibration
 from deepclust.heads.selflabel import SelfLabel
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.training.trainer import Trainer
 
 
 class Case(NamedTuple):

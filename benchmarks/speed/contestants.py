@@ -14,15 +14,15 @@ from torch import nn
 
 from benchmarks.speed.views import photo_like
 from deepclust.backbones import Backbone, cifar_resnet, small_convnet
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.datasets import from_arrays
 from deepclust.data.image_set import ImageSet
-from deepclust.data.views import ViewTransform, build_views
+from deepclust.data.views.transform import ViewTransform, build_views
 from deepclust.heads import Head
 from deepclust.heads.simclr import SimCLR
 from deepclust.heads.swav import SwAV
-from deepclust.precision import autocast
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.ops.precision import autocast
+from deepclust.training.trainer import Trainer
 
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "p": 0.8}
 VIEW: list[dict[str, Any]] = [

@@ -29,7 +29,7 @@ import torch
 
 from deepclust.data.folders import list_folder
 from deepclust.data.images import decode, in_threads
-from deepclust.encoders import Encoder, find_encoder
+from deepclust.features.encoder import Encoder, find_encoder
 
 CHUNK = 256
 """Images that are decoded before the network sees them: few enough to stay in memory."""
@@ -164,8 +164,7 @@ def benchmark(options: argparse.Namespace, out: Path) -> list[tuple[str, str, st
         (
             "again, another k",
             f"{statistics.median(again):.1f} s",
-            f"median of {', '.join(f'{seconds:.1f}' for seconds in again)}; "
-            f"goal {GOALS['again']:.0f} s",
+            f"median of {', '.join(f'{seconds:.1f}' for seconds in again)}; goal {GOALS['again']:.0f} s",
         ),
         (
             "peak memory",

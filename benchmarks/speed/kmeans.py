@@ -45,7 +45,7 @@ MODULES = {
 """Contestant to the module that must be installed for it."""
 
 
-# --- data -----------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------
 
 
 def features(num: int, dim: int) -> Tensor:
@@ -71,7 +71,7 @@ def some_rows(x: Tensor, count: int, seed: int = 0) -> Tensor:
     return x[order[:count]].clone()
 
 
-# --- contestants ----------------------------------------------------------------------------------
+# --- contestants ------------------------------------------------------------------------------
 
 
 def kmeans_contestants(
@@ -190,7 +190,7 @@ def _inertias(x: Tensor, timings: Mapping[str, Timing]) -> dict[str, str]:
     return {name: f"inertia {value / inertia['ours']:.6f}" for name, value in inertia.items()}
 
 
-# --- benchmarks -----------------------------------------------------------------------------------
+# --- benchmarks -------------------------------------------------------------------------------
 
 
 def bench_lloyd(repeats: int, shapes: str) -> None:
@@ -266,7 +266,7 @@ def _sklearn_loop(x: Tensor, starts: Tensor | None) -> float:
     return statistics.mean(inertia)
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------
 
 
 def bench_memory(_: int, shapes: str) -> None:

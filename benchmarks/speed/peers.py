@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from deepclust.data.image_set import ImageSet
-from deepclust.precision import autocast
+from deepclust.ops.precision import autocast
 
 
 class Pictures(Dataset):

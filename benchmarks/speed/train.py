@@ -57,8 +57,8 @@ from deepclust.errors import UserError
 from deepclust.eval import clustering_scores, knn_probe
 from deepclust.heads import BankSpec
 from deepclust.ops import kmeans
-from deepclust.precision import autocast
-from deepclust.trainer import Hooks, Stopped, Trainer
+from deepclust.ops.precision import autocast
+from deepclust.training.trainer import Hooks, Stopped, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 REACH = {"small ConvNet": (0.75, 3.0), "ResNet-18": (0.90, 1.0)}
@@ -113,7 +113,7 @@ def print_figure(
     print(f"{title:66.66s}{value:10.3g} {unit:8s}{verdict:18s}{note}".rstrip(), flush=True)
 
 
-# --- parts ----------------------------------------------------------------------------------------
+# --- parts ------------------------------------------------------------------------------------
 
 
 def bench_nets(options: argparse.Namespace, speeds: dict[str, float]) -> None:
@@ -310,8 +310,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lightly = "lightly compared" if find_spec("lightly") else "lightly is not installed"
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread; "
-        f"{lightly}; CPU time"
+        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread; {lightly}; CPU time"
     )
     speeds: dict[str, float] = {}
     for name in options.only.split(","):

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from benchmarks.speed.harness import Contestants, measure
 from deepclust.data.random import sample_keys
-from deepclust.data.views import ViewTransform, build_views
+from deepclust.data.views.transform import ViewTransform, build_views
 
 CONFIG = Path(__file__).resolve().parents[2] / "conf" / "augment"
 
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     peer: Peer
 
 
-# --- torchvision ----------------------------------------------------------------------------------
+# --- torchvision ------------------------------------------------------------------------------
 
 
 def simclr(side: int, from_pil: bool) -> v2.Compose:
@@ -111,7 +111,7 @@ CASES = (
 )
 
 
-# --- contestants ----------------------------------------------------------------------------------
+# --- contestants ------------------------------------------------------------------------------
 
 
 def photo_like(count: int, channels: int, side: int) -> Tensor:

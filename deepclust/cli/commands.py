@@ -92,7 +92,7 @@ def find(name: str) -> Command:
 def list_options(words: list[str]) -> int:
     """Runs `list [GROUP] [--config-dir DIR]`: what a group offers; without a group, the groups."""
     from deepclust.cli.listing import groups_text, options_text
-    from deepclust.compose import groups
+    from deepclust.config.compose import groups
 
     parser = Parser("deepclust list", description="What a group offers; without one, the groups.")
     parser.add_argument("group", nargs="?", help="recipe, head, data, backbone, experiment, ...")
@@ -127,7 +127,7 @@ def checkpoint(words: list[str]) -> int:
     if not options.path.exists():
         raise UserError(f"{options.path}: there is no such checkpoint")
     # Only here: this import brings torch.
-    from deepclust import checkpoint as checkpoints
+    from deepclust.runtime import checkpoint as checkpoints
 
     # A run folder, or its folder of checkpoints, is an easy slip for one of them.
     inside = checkpoints.listing(options.path / "checkpoints") or checkpoints.listing(options.path)
@@ -161,8 +161,8 @@ def predict(words: list[str]) -> int:
     for path in (options.run, options.data):
         if not path.exists():
             raise UserError(f"{path}: there is no such file or folder")
-    from deepclust.predict import Asked
-    from deepclust.predict import predict as predict_data
+    from deepclust.predict.command import Asked
+    from deepclust.predict.command import predict as predict_data
 
     return predict_data(Asked(**vars(options)))
 
@@ -179,7 +179,7 @@ def features(words: list[str]) -> int:
     )
     add_feature_options(parser)
     options = parser.parse_args(words)
-    from deepclust.extract import extract
+    from deepclust.features.extract import extract
 
     return extract(feature_options(options))
 
@@ -197,7 +197,7 @@ def cluster(words: list[str]) -> int:
     add_cluster_options(parser)
     options = cluster_options(parser.parse_args(words))
     # After the options, so that a slip in them does not wait for torch.
-    from deepclust.folder.cluster import cluster as cluster_folder
+    from deepclust.collection.cluster import cluster as cluster_folder
 
     return cluster_folder(options)
 
@@ -215,10 +215,9 @@ def edit(words: list[str]) -> int:
     options = parser.parse_intermixed_args(words)
     if options.parts is not None and options.verb != "split":
         raise UserError(
-            f"-n {options.parts}: only split has it, as in: "
-            f"deepclust edit {options.run} split 3 -n 3"
+            f"-n {options.parts}: only split has it, as in: deepclust edit {options.run} split 3 -n 3"
         )
-    from deepclust.folder.edit import edit as edit_run
+    from deepclust.collection.edit import edit as edit_run
 
     edit_run(options.run, options.verb, options.words, options.parts or 2)
     return OK

@@ -9,7 +9,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 
-from deepclust.compose import conf_folder
+from deepclust.config.compose import conf_folder
 from deepclust.errors import UserError
 
 PACKAGES = (

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from deepclust.compose import conf_folder, groups, options
+from deepclust.config.compose import conf_folder, groups, options
 
 WIDTH = 100
 """Columns of a line: two pages side by side on a common screen."""

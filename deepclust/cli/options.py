@@ -11,8 +11,8 @@ from deepclust.cli.parser import did_you_mean
 from deepclust.errors import UserError
 
 if TYPE_CHECKING:
-    from deepclust.extract import Asked
-    from deepclust.folder.cluster import Wanted
+    from deepclust.collection.cluster import Wanted
+    from deepclust.features.extract import Asked
 
 
 CLUSTERERS = (
@@ -27,7 +27,8 @@ CLUSTERERS = (
 )
 """Clusterers that take a number of clusters, all without extras.
 
-Written here and not read from `deepclust.clusterers`, which would import torch for a help page.
+Written here and not read from `deepclust.clustering.methods`, which would import torch for a help
+page.
 """
 
 
@@ -80,7 +81,7 @@ def add_feature_options(parser: argparse.ArgumentParser) -> None:
 
 def feature_options(options: argparse.Namespace) -> Asked:
     """Parsed options as `features` takes them."""
-    from deepclust.extract import Asked
+    from deepclust.features.extract import Asked
 
     return Asked(
         folder=options.images,
@@ -157,8 +158,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--sort",
         choices=("copy", "symlink"),
-        help="also sorted/, one folder per cluster, of copies or links; without it sorted/ is "
-        "cleared",
+        help="also sorted/, one folder per cluster, of copies or links; without it sorted/ is cleared",
     )
     add(
         "--append",
@@ -197,7 +197,7 @@ def cluster_options(options: argparse.Namespace) -> Wanted:
 
     Raises UserError for options that exclude one another and for unknown clusterers.
     """
-    from deepclust.folder.cluster import CANDIDATES, Wanted
+    from deepclust.collection.cluster import CANDIDATES, Wanted
 
     if options.append and options.new:
         raise UserError(
@@ -225,7 +225,7 @@ def cluster_options(options: argparse.Namespace) -> Wanted:
 
 def _check_clusterers(names: Iterable[str]) -> None:
     # Not CLUSTERERS: umap_hdbscan is taken as well, though the help leaves it out.
-    from deepclust.clusterers import METHODS
+    from deepclust.clustering.methods import METHODS
 
     for name in names:
         if name not in METHODS:

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from deepclust.errors import UserError
-from deepclust.launched import rank
-from deepclust.signatures import near
+from deepclust.errors import UserError, near
+from deepclust.runtime.launched import rank
 
 OK = 0
 FAILED = 1

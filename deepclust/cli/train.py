@@ -12,7 +12,7 @@ from typing import Any
 from deepclust.cli.help import help_text
 from deepclust.cli.parser import FAILED, OK, Parser, say
 from deepclust.errors import UserError, in_short
-from deepclust.launched import rank
+from deepclust.runtime.launched import rank
 
 # The longest run.name that the configuration takes.
 LONGEST_NAME = 200
@@ -20,8 +20,8 @@ LONGEST_NAME = 200
 
 def train(words: list[str]) -> int:
     """Runs `train [--cfg] [--config-dir DIR] [-m] key=value ...` and returns the exit code."""
-    from deepclust.compose import sweeps
-    from deepclust.config import load
+    from deepclust.config.compose import sweeps
+    from deepclust.config.load import load
 
     parser = Parser("train.py", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
@@ -67,7 +67,8 @@ def _load_all(runs: list[list[str]], config_dirs: Sequence[Path]) -> list[Any]:
 
     Raises one ConfigError with the faults of all runs.
     """
-    from deepclust.config import ConfigError, load
+    from deepclust.config.load import load
+    from deepclust.errors import ConfigError
 
     configs = []
     problems = []
@@ -104,7 +105,7 @@ def _names(configs: Sequence[Any], runs: Sequence[Sequence[str]]) -> list[str]:
 def _train_one(config: Any) -> int:
     try:
         # Only here: this import brings torch, and the words are checked by now.
-        from deepclust.recipe import train as train_recipe
+        from deepclust.training.recipe import train as train_recipe
 
         return train_recipe(config)
     except (UserError, KeyboardInterrupt):

@@ -1,4 +1,6 @@
-"""Data sets, random views of images, loading, and the bank of features. Public names are imported when first used."""
+"""Data sets, random views of images, loading, and the bank of features. Public names are imported
+when first used.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Images and labels that come as arrays: checked, and brought to (N, C, H, W) uint8 and (N,) values."""
+"""Images and labels that come as arrays: checked, and brought to (N, C, H, W) uint8 and (N,)
+values.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 from deepclust.errors import UserError
-from deepclust.npz import Unreadable, read_arrays
+from deepclust.runtime.npz import Unreadable, read_arrays
 
 
 def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False) -> np.ndarray:
-    """The array of a .npy file, or of a .npz file under one of `names` (or its only one). Pickled objects are refused.
+    """The array of a .npy file, or of a .npz file under one of `names` (or its only one). Pickled
+    objects are refused.
 
     key: what the setting is called in messages. mapped: a .npy file stays on disk, read-only.
     """
@@ -35,7 +38,9 @@ def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False
     except Unreadable as error:
         raise UserError(f"{key}={file}: {error}.") from error
     if not content:
-        raise UserError(f"{key}={file}: holds {', '.join(there)}; expected an array called {' or '.join(names)}.")
+        raise UserError(
+            f"{key}={file}: holds {', '.join(there)}; expected an array called {' or '.join(names)}."
+        )
     (array,) = content.values()
     return array
 
@@ -44,13 +49,15 @@ LAYOUTS = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; one image ma
 
 
 def as_images(images: np.ndarray | Tensor, least: int = 2, channels: int | None = None) -> Tensor:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3 and N >= least, to (N, C, H, W) uint8.
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3 and N >= least, to (N, C, H, W)
+    uint8.
 
-    (H, W, 3) and (H, W, 1) are one image: grey images that are 3 or 1 pixels wide have to be given as (N, H, W, 1).
-    (3, H, W) are three grey images; where `channels`, of what they are for, is 3 it could as well be one image, and is
-    refused. So are (H, W), which could be rows of features, and (H, W, 4), with an alpha channel.
-    Integers must lie in 0..255; floats in [0, 1] and booleans are multiplied by 255 and rounded.
-    Raises UserError for other shapes, types and ranges, and for what is not finite.
+    (H, W, 3) and (H, W, 1) are one image: grey images that are 3 or 1 pixels wide have to be given
+    as (N, H, W, 1). (3, H, W) are three grey images; where `channels`, of what they are for, is 3
+    it could as well be one image, and is refused. So are (H, W), which could be rows of features,
+    and (H, W, 4), with an alpha channel. Integers must lie in 0..255; floats in [0, 1] and booleans
+    are multiplied by 255 and rounded. Raises UserError for other shapes, types and ranges, and for
+    what is not finite.
     """
     values = _with_four_axes(_as_numpy(images), channels)
     shape = values.shape
@@ -65,7 +72,9 @@ def as_images(images: np.ndarray | Tensor, least: int = 2, channels: int | None 
 
 
 def _with_four_axes(values: np.ndarray, channels: int | None) -> np.ndarray:
-    """(N, H, W, C) or (N, C, H, W), where it is clear which of the axes are there. Raises UserError."""
+    """(N, H, W, C) or (N, C, H, W), where it is clear which of the axes are there. Raises
+    UserError.
+    """
     shape = values.shape
     text = "images: shape " + str(tuple(shape))
     if values.ndim == 2:
@@ -79,7 +88,9 @@ def _with_four_axes(values: np.ndarray, channels: int | None) -> np.ndarray:
             f"images[..., None]. Expected {LAYOUTS}."
         )
     if values.ndim == 3 and shape[2] == 3 == shape[1]:
-        raise UserError(f"{text}: one colour image is images[None], grey images are images[..., None].")
+        raise UserError(
+            f"{text}: one colour image is images[None], grey images are images[..., None]."
+        )
     if values.ndim == 3 and shape[0] == 3 and channels == 3 and shape[2] != 3:
         raise UserError(
             f"{text}: one colour image is images[None], and three grey images are images[:, None]; which of them it is "
@@ -88,7 +99,11 @@ def _with_four_axes(values: np.ndarray, channels: int | None) -> np.ndarray:
     if values.ndim == 3:
         return values[None] if shape[2] in (1, 3) and shape[1] > 1 else values[:, None]
     if values.ndim != 4 or (shape[1] not in (1, 3) and shape[3] not in (1, 3)):
-        alpha = " An alpha channel is left out by images[..., :3]." if values.ndim == 4 and shape[3] == 4 else ""
+        alpha = (
+            " An alpha channel is left out by images[..., :3]."
+            if values.ndim == 4 and shape[3] == 4
+            else ""
+        )
         raise UserError(f"{text}; expected {LAYOUTS}.{alpha}")
     return values
 
@@ -128,7 +143,9 @@ def as_labels(labels: Sequence[Any] | np.ndarray | Tensor, num_images: int) -> l
     """One whole number or string per image, as a list."""
     values = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     if values.shape != (num_images,):
-        raise UserError(f"labels: shape {values.shape}; expected ({num_images},), one label per image.")
+        raise UserError(
+            f"labels: shape {values.shape}; expected ({num_images},), one label per image."
+        )
     if values.dtype.kind == "f":
         bad = np.flatnonzero(values != np.rint(values))
         if len(bad):

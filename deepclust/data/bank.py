@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepclust.data.datasets import ImageSet
 from deepclust.data.loader import view_batches
-from deepclust.data.views import ViewTransform
+from deepclust.data.views.transform import ViewTransform
 from deepclust.errors import UserError
 
 

@@ -49,7 +49,7 @@ from deepclust.data.folders import (
 from deepclust.data.image_set import ImageData, ImageSet, Skipped, as_classes, set_of_arrays
 from deepclust.data.images import decode_picture
 from deepclust.errors import UserError
-from deepclust.schema import Count, Imbalance, Natural
+from deepclust.types import Count, Imbalance, Natural
 
 __all__ = [
     "ImageData",
@@ -312,8 +312,11 @@ def from_arrays(
     return by_protocol(name, everything, "transductive", imbalance)
 
 
-def from_pictures(pictures: Sequence[Image.Image], size: int = 64, name: str = "images") -> ImageData:
-    """Pillow images; of different sizes they are resized as files are, shorter side to `size` and centre crop.
+def from_pictures(
+    pictures: Sequence[Image.Image], size: int = 64, name: str = "images"
+) -> ImageData:
+    """Pillow images; of different sizes they are resized as files are, shorter side to `size` and
+    centre crop.
 
     Raises:
         UserError: fewer than two, or one that cannot be decoded.

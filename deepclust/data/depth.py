@@ -1,11 +1,12 @@
 """Pixels of more than 8 bits to 8, by one rule for each file.
 
-A file's full scale is what it declares (a TIFF's bits per sample, or its MaxSampleValue where that is 2^n - 1; a PGM's
-maxval) or else what its container holds: 65535 for 16 bits; 1, 255 or 65535 for floats and 32-bit integers, the first
-that holds all values. A picture that uses a quarter of it or more is scaled by it, and pictures stay comparable. One
-that uses less (of a thermal camera, or 12 bits in 16) would keep a few grey levels: its own 0.1th and 99.9th
-percentiles become black and white. All channels of a colour picture are scaled alike. Files of 8 bits, and of 8 bits in
-16, are left alone.
+A file's full scale is what it declares (a TIFF's bits per sample, or its MaxSampleValue where that
+is 2^n - 1; a PGM's maxval) or else what its container holds: 65535 for 16 bits; 1, 255 or 65535 for
+floats and 32-bit integers, the first that holds all values. A picture that uses a quarter of it or
+more is scaled by it, and pictures stay comparable. One that uses less (of a thermal camera, or 12
+bits in 16) would keep a few grey levels: its own 0.1th and 99.9th percentiles become black and
+white. All channels of a colour picture are scaled alike. Files of 8 bits, and of 8 bits in 16, are
+left alone.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ NARROW = 0.25
 """Share of the full scale below which a picture is stretched: above, 64 of 256 levels are left."""
 PERCENTILES = (0.1, 99.9)
 SAMPLE = 1_000_000
-"""Pixels, evenly spaced, whose percentiles stand for those of all: sorting a large picture would take seconds."""
+"""Pixels, evenly spaced, whose percentiles stand for those of all: sorting a large picture would
+take seconds.
+"""
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281
 """Tags of TIFF 6.0."""
 OTHER_BYTE = {"B": "L", "L": "B", "N": "L" if sys.byteorder == "big" else "B"}
-"""The byte order in which Pillow, which keeps the high byte of 16 bits, keeps the low one instead."""
+"""The byte order in which Pillow, which keeps the high byte of 16 bits, keeps the low one instead.
+"""
 
 
 def is_deep_grey(image: Image.Image) -> bool:
@@ -35,7 +39,8 @@ def is_deep_grey(image: Image.Image) -> bool:
 
 
 def grey_of(image: Image.Image) -> Image.Image:
-    """An image of 16-bit or 32-bit integers or of floats as 8-bit grey, with what it declares transparent.
+    """An image of 16-bit or 32-bit integers or of floats as 8-bit grey, with what it declares
+    transparent.
 
     Raises ValueError for values that are not finite, negative or beyond 65535.
     """
@@ -53,7 +58,9 @@ def full_scale(image: Image.Image, values: np.ndarray) -> float:
         raise ValueError("holds NaN or infinite pixels")
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"pixel values from {low:g} to {high:g} fit none of 0..1, 0..255 and 0..65535")
+        raise ValueError(
+            f"pixel values from {low:g} to {high:g} fit none of 0..1, 0..255 and 0..65535"
+        )
     declared = _declared(image)
     if declared and high <= declared:
         return declared
@@ -93,7 +100,9 @@ def scaled(values: np.ndarray, full: float, seen: np.ndarray | None = None) -> n
         low, high = float(counted.min()), float(counted.max())
     if high == low:
         low, high = 0.0, full
-    return np.rint((values.astype(np.float64) - low).clip(0, high - low) * (255.0 / (high - low))).astype(np.uint8)
+    return np.rint(
+        (values.astype(np.float64) - low).clip(0, high - low) * (255.0 / (high - low))
+    ).astype(np.uint8)
 
 
 def _is_of_bytes(values: np.ndarray, full: float) -> bool:
@@ -110,13 +119,16 @@ def used_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet holds 16 bits of a colour, of which Pillow keeps the higher 8."""
+    """Whether an image that is not loaded yet holds 16 bits of a colour, of which Pillow keeps the
+    higher 8.
+    """
     tiles = getattr(image, "tile", [])
     return bool(image.mode in ("RGB", "RGBA") and tiles and ";16" in _raw_mode(tiles[0]))
 
 
 def colours_of(image: Image.Image, again: Callable[[], ImageFile]) -> Image.Image:
-    """A loaded image of 16-bit colours with its narrow range stretched, or as it is where its range is not narrow.
+    """A loaded image of 16-bit colours with its narrow range stretched, or as it is where its range
+    is not narrow.
 
     again: opens its file once more, for the lower bytes.
     """

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from deepclust.data.arrays import as_labels, load_array
-from deepclust.data.folders import NO_SPLIT, Listing, by_protocol, natural, printable, read_structure
+from deepclust.data.folders import (
+    NO_SPLIT,
+    Listing,
+    by_protocol,
+    natural,
+    printable,
+    read_structure,
+)
 from deepclust.data.image_set import ImageData, Skipped, as_classes, set_of_arrays
 from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError
-from deepclust.npz import Unreadable, read_arrays
-from deepclust.schema import Imbalance
+from deepclust.runtime.npz import Unreadable, read_arrays
+from deepclust.types import Imbalance
 
 
 def features(
@@ -27,21 +34,26 @@ def features(
     imbalance: Imbalance | None = None,
     backbone: str | None = None,
 ) -> ImageData:
-    """Feature vectors of a feature store, or of a .npy, .npz or .safetensors file; goes with `backbone=identity`.
+    """Feature vectors of a feature store, or of a .npy, .npz or .safetensors file; goes with
+    `backbone=identity`.
 
-    file: a store's folder, as `deepclust features` makes it; or an array (N, D) of any real dtype, called `features`
-    (or `x`, or the only one) where the file holds several; beside it a file may hold `labels` (N,), `splits` (N,) with
-    the names of splits and `paths` (N,) for clusters.csv. labels: another file with them; of a store one for each of
-    its rows, `none` for none, and by default the names of folders as for `image_folder`. protocol `inductive`: trains
-    on split train, the rest is held out. backbone: which one of a store with several.
+    file: a store's folder, as `deepclust features` makes it; or an array (N, D) of any real dtype,
+    called `features` (or `x`, or the only one) where the file holds several; beside it a file may
+    hold `labels` (N,), `splits` (N,) with the names of splits and `paths` (N,) for clusters.csv.
+    labels: another file with them; of a store one for each of its rows, `none` for none, and by
+    default the names of folders as for `image_folder`. protocol `inductive`: trains on split train,
+    the rest is held out. backbone: which one of a store with several.
 
     Raises:
-        UserError: no such file, another shape, values that are not finite, or a store that was changed on disk.
+        UserError: no such file, another shape, values that are not finite, or a store that was
+        changed on disk.
     """
     if os.path.isdir(os.path.expanduser(file)):
         return from_store(file, labels, protocol, imbalance, backbone)
     if backbone is not None:
-        raise UserError(f"data.backbone={backbone}: chooses among those of a feature store; data.file={file} is none.")
+        raise UserError(
+            f"data.backbone={backbone}: chooses among those of a feature store; data.file={file} is none."
+        )
     found = load_columns(file, "data.file")
     if labels is not None:
         found["labels"] = load_array(labels, "data.labels", ("labels", "y"))
@@ -65,7 +77,9 @@ def from_features(
     rows = as_features(features)
     _refuse_lost(features)
     splits = [NO_SPLIT] * len(rows) if splits is None else _texts("splits", splits, len(rows))
-    classes, class_names = (None, []) if labels is None else as_classes(as_labels(labels, len(rows)))
+    classes, class_names = (
+        (None, []) if labels is None else as_classes(as_labels(labels, len(rows)))
+    )
     everything = set_of_arrays(name, rows, splits, classes, class_names)
     if paths is not None:
         everything.paths = _texts("paths", paths, len(rows))
@@ -84,7 +98,9 @@ def from_store(
             f"{store.command} computes them again."
         )
     if waiting := int((~store.computed(name) & (store.status != "deleted")).sum()):
-        raise UserError(f"data.file={path}: {waiting} images have no features yet; {store.command} goes on.")
+        raise UserError(
+            f"data.file={path}: {waiting} images have no features yet; {store.command} goes on."
+        )
     listing = Listing(store.root, [store.paths[row] for row in rows])
     read_structure(listing, "none" if labels == "none" else "auto")
     known: list[Any] = listing.labels
@@ -93,23 +109,37 @@ def from_store(
         known = [column[row] for row in rows]
     classes, class_names = as_classes(known, natural if labels is None else None)
     everything = set_of_arrays(
-        store.root.name or "features", as_features(store.features(name)[rows]), listing.splits, classes, class_names
+        store.root.name or "features",
+        as_features(store.features(name)[rows]),
+        listing.splits,
+        classes,
+        class_names,
     )
     everything.ids, everything.paths, everything.root = rows, listing.paths, str(store.root)
-    reasons = ((row, store.reasons[row]) for row in np.flatnonzero(store.status == "unreadable").tolist())
-    everything.skipped = [Skipped(row, printable(store.paths[row]), reason) for row, reason in reasons]
+    reasons = (
+        (row, store.reasons[row]) for row in np.flatnonzero(store.status == "unreadable").tolist()
+    )
+    everything.skipped = [
+        Skipped(row, printable(store.paths[row]), reason) for row, reason in reasons
+    ]
     return by_protocol(everything.name, everything, protocol, imbalance)
 
 
 def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:
-    """(N, D) real numbers to (N, D, 1, 1) float32. Raises UserError for other shapes and for what is not finite."""
+    """(N, D) real numbers to (N, D, 1, 1) float32. Raises UserError for other shapes and for what
+    is not finite.
+    """
     values = torch.as_tensor(features)
     if values.ndim != 2 or len(values) < least or not values.shape[1] or values.is_complex():
-        raise UserError(f"features: {values.dtype} of shape {tuple(values.shape)}; expected (N, D) with N >= {least}.")
+        raise UserError(
+            f"features: {values.dtype} of shape {tuple(values.shape)}; expected (N, D) with N >= {least}."
+        )
     rows = values.detach().cpu().float()
     bad = (~rows.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
     if bad:
-        raise UserError(f"features: NaN or infinite values in {len(bad)} of {len(rows)} rows, first {bad[:5]}.")
+        raise UserError(
+            f"features: NaN or infinite values in {len(bad)} of {len(rows)} rows, first {bad[:5]}."
+        )
     return rows.contiguous()[:, :, None, None]
 
 
@@ -132,9 +162,11 @@ def _refuse_lost(features: np.ndarray | Tensor) -> None:
 
 
 def load_columns(file: str, key: str, mapped: bool = False) -> dict[str, np.ndarray]:
-    """What `features` reads from a file: `features`, and those of `labels`, `splits`, `paths` that are there.
+    """What `features` reads from a file: `features`, and those of `labels`, `splits`, `paths` that
+    are there.
 
-    key: what the setting is called in messages. mapped: features of a .npy file stay on disk, read-only.
+    key: what the setting is called in messages. mapped: features of a .npy file stay on disk,
+    read-only.
     """
     path = Path(os.path.expanduser(file))
     if path.suffix == ".safetensors" and path.is_file():
@@ -164,12 +196,17 @@ def _from_safetensors(path: Path, where: str) -> dict[str, np.ndarray]:
         content = {"features": next(iter(content.values()))}
     if "features" not in content:
         raise UserError(f"{where}: holds {', '.join(content)}; expected a tensor called features.")
-    wide = {name: value.float() if value.is_floating_point() else value for name, value in content.items()}
+    wide = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in content.items()
+    }
     return {name: wide[name].numpy() for name in ("features", "labels") if name in wide}
 
 
 def _texts(name: str, values: Any, count: int) -> list[str]:
     texts = [str(value) for value in np.ravel(values)]
     if len(texts) != count:
-        raise UserError(f"{name}: {len(texts)} entries; expected {count}, one for each row of features.")
+        raise UserError(
+            f"{name}: {len(texts)} entries; expected {count}, one for each row of features."
+        )
     return texts

@@ -1,4 +1,6 @@
-"""Folders and lists of image files: what is listed, in which order, and which classes and splits the paths tell."""
+"""Folders and lists of image files: what is listed, in which order, and which classes and splits
+the paths tell.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from deepclust.data.image_set import (
 from deepclust.data.images import EXTENSIONS, all_grey, decode_all
 from deepclust.data.longtail import long_tail
 from deepclust.errors import UserError
-from deepclust.run_folder import LOCK
+from deepclust.runtime.files import LOCK
 
 TRAIN_NAMES = {"train", "training"}
 SPLIT_NAMES = TRAIN_NAMES | {"val", "valid", "validation", "test", "testing"}
@@ -40,7 +42,9 @@ NO_SPLIT = "all"
 
 @dataclass
 class Listing:
-    """Image files of a folder or list: paths relative to `root`, labels by path or None, and what else lay there."""
+    """Image files of a folder or list: paths relative to `root`, labels by path or None, and what
+    else lay there.
+    """
 
     root: Path
     paths: list[str]
@@ -53,13 +57,19 @@ DIGITS = re.compile(r"([0-9]+)")
 
 
 def natural(text: str) -> tuple[Any, ...]:
-    """Sort key: `img2` before `img10`, upper and lower case together, the same on every machine and in every locale."""
+    """Sort key: `img2` before `img10`, upper and lower case together, the same on every machine and
+    in every locale.
+    """
     pieces = DIGITS.split(text.casefold())
-    return (*((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece), (-1, 0, text))
+    return (
+        *((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces if piece),
+        (-1, 0, text),
+    )
 
 
 def _order(path: str) -> str:
-    """Sorts paths as `natural` sorts the names in them, in a tenth of its memory: listings may hold a million.
+    """Sorts paths as `natural` sorts the names in them, in a tenth of its memory: listings may hold
+    a million.
 
     Only control characters in names, on which nothing depends, may come in another order.
     """
@@ -84,7 +94,8 @@ def _name_order(name: str) -> str:
 
 
 def check_folder(root: str, key: str = "data.root=") -> Path:
-    """The folder at `root` (`~` allowed); a `UserError` says what is wrong with it and what may have been meant.
+    """The folder at `root` (`~` allowed); a `UserError` says what is wrong with it and what may
+    have been meant.
 
     key: what messages write before the folder.
     """
@@ -105,14 +116,19 @@ def _nearest(path: Path) -> str:
         close = difflib.get_close_matches(missing.name, sorted(os.listdir(here)), n=1)
     except PermissionError:
         return f"There is no permission to look into {here}."
-    return f"Did you mean {here / close[0]}?" if close else f"The nearest folder that exists is {here}."
+    return (
+        f"Did you mean {here / close[0]}?"
+        if close
+        else f"The nearest folder that exists is {here}."
+    )
 
 
 def list_folder(root: str, key: str = "data.root=") -> Listing:
     """All image files under `root`, at any depth, in natural order of their paths.
 
-    Hidden and system names are left out; links are followed, but never into a folder that contains them. Links that
-    lead nowhere count as images, so that they are named later on. key: what messages write before the folder.
+    Hidden and system names are left out; links are followed, but never into a folder that contains
+    them. Links that lead nowhere count as images, so that they are named later on. key: what
+    messages write before the folder.
     """
     path = check_folder(root, key)
     found: list[str] = []
@@ -130,7 +146,9 @@ def list_folder(root: str, key: str = "data.root=") -> Listing:
 
 
 def _walk(root: Path, key: str) -> Iterator[str]:
-    """Relative paths of all files below `root` that are not hidden, without those of runs and stores of ours."""
+    """Relative paths of all files below `root` that are not hidden, without those of runs and
+    stores of ours.
+    """
     above = tuple((status.st_dev, status.st_ino) for status in map(os.stat, root.resolve().parents))
     waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", above)]
     while waiting:
@@ -146,7 +164,9 @@ def _walk(root: Path, key: str) -> Iterator[str]:
         here = (status.st_dev, status.st_ino)
         if here in ancestors:  # a link back to a folder that contains it
             continue
-        if below and any(entry.name == LOCK for entry in entries):  # ours; a run's sorted/ holds the same images again
+        if below and any(
+            entry.name == LOCK for entry in entries
+        ):  # ours; a run's sorted/ holds the same images again
             continue
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name
@@ -175,8 +195,8 @@ def _nothing_found(others: Counter[str]) -> str:
 def read_structure(listing: Listing, labels: Literal["auto", "folders", "none"]) -> None:
     """Fills in splits and labels from the paths' folders.
 
-    A first level of nothing but train, validation, test (one of them alone only if it holds folders) names splits; the
-    next level names classes.
+    A first level of nothing but train, validation, test (one of them alone only if it holds
+    folders) names splits; the next level names classes.
     """
     parts = [path.split("/") for path in listing.paths]
     first = {names[0].lower() for names in parts}
@@ -187,7 +207,11 @@ def read_structure(listing: Listing, labels: Literal["auto", "folders", "none"])
     found: list[str | None] = [names[depth] if len(names) > depth + 1 else None for names in parts]
     loose = next((path for path, label in zip(listing.paths, found) if label is None), None)
     if labels == "folders" and (loose is not None or len(set(found)) < 2):
-        why = f"{loose} lies in no class folder" if loose is not None else f"there is one class folder only, {found[0]}"
+        why = (
+            f"{loose} lies in no class folder"
+            if loose is not None
+            else f"there is one class folder only, {found[0]}"
+        )
         raise UserError(f"data.labels=folders: {why}. Use data.labels=auto or none.")
     if labels == "none" or (loose is not None and not has_splits):
         found = [None] * len(found)
@@ -195,10 +219,11 @@ def read_structure(listing: Listing, labels: Literal["auto", "folders", "none"])
 
 
 def list_file(file: str, labels: Literal["auto", "none"], key: str = "data.file=") -> Listing:
-    """A text file with one path per line, or CSV/TSV with a path and, if wanted, a label; a header line is optional.
+    """A text file with one path per line, or CSV/TSV with a path and, if wanted, a label; a header
+    line is optional.
 
-    In a .txt file a tab divides path and label, so that paths may hold commas and blanks. Paths are relative to the
-    file's folder. key: what messages write before the file.
+    In a .txt file a tab divides path and label, so that paths may hold commas and blanks. Paths are
+    relative to the file's folder. key: what messages write before the file.
     """
     path = Path(os.path.expanduser(file))
     if not os.path.isfile(path):
@@ -238,7 +263,9 @@ def load_files(
     protocol: str,
     imbalance: float | None = None,
 ) -> ImageData:
-    """Decodes every file once: into memory if all fit into `memory_mb` MiB, else only to find the unreadable ones."""
+    """Decodes every file once: into memory if all fit into `memory_mb` MiB, else only to find the
+    unreadable ones.
+    """
     files = [os.path.join(listing.root, path) for path in listing.paths]
     num_channels = channels if channels != "auto" else 1 if all_grey(files) else 3
     in_memory = len(files) * num_channels * size * size <= memory_mb * 2**20
@@ -290,25 +317,41 @@ def name_fault(path: str) -> str | None:
 def _check_count(listing: Listing, reasons: Sequence[str | None], num_readable: int) -> None:
     if num_readable >= 2:
         return
-    faults = [f"  {printable(path)}: {reason}" for path, reason in zip(listing.paths, reasons) if reason is not None]
+    faults = [
+        f"  {printable(path)}: {reason}"
+        for path, reason in zip(listing.paths, reasons)
+        if reason is not None
+    ]
     if num_readable:
         text = f"{listing.root}: clustering needs at least 2 images, and 1 was found"
     else:
         text = f"{listing.root}: none of the {len(listing.paths)} images can be read"
     raise UserError(
-        "\n".join([f"{text}{':' if faults else '.'}", *faults[:5], *(["  ..."] if len(faults) > 5 else [])])
+        "\n".join(
+            [
+                f"{text}{':' if faults else '.'}",
+                *faults[:5],
+                *(["  ..."] if len(faults) > 5 else []),
+            ]
+        )
     )
 
 
-def by_protocol(name: str, everything: ImageSet, protocol: str, imbalance: float | None = None) -> ImageData:
-    """Transductive: all images are trained on and clustered. Inductive: split train is, the rest is held out.
+def by_protocol(
+    name: str, everything: ImageSet, protocol: str, imbalance: float | None = None
+) -> ImageData:
+    """Transductive: all images are trained on and clustered. Inductive: split train is, the rest is
+    held out.
 
-    Longtail: as inductive, where the train split has a long tail and the held-out images need not have one. imbalance:
-    thins what is trained on (see `long_tail`), and never what is held out; inductive is then called longtail.
+    Longtail: as inductive, where the train split has a long tail and the held-out images need not
+    have one. imbalance: thins what is trained on (see `long_tail`), and never what is held out;
+    inductive is then called longtail.
     """
     if protocol == "transductive":
         train = without_partial_labels(everything)
-        return ImageData(train if imbalance is None else long_tail(train, imbalance), None, "transductive", name)
+        return ImageData(
+            train if imbalance is None else long_tail(train, imbalance), None, "transductive", name
+        )
     in_train = np.array([split.lower() in TRAIN_NAMES for split in everything.splits])
     if in_train.sum() < 2 or in_train.all():
         found = ", ".join(sorted(set(everything.splits.tolist())))
@@ -316,7 +359,9 @@ def by_protocol(name: str, everything: ImageSet, protocol: str, imbalance: float
             f"data.protocol={protocol}: needs 2 images or more in split train and some in another (splits: {found}).\n"
             "Use data.protocol=transductive to cluster all images."
         )
-    train, test = (without_partial_labels(everything.select(rows)) for rows in (in_train, ~in_train))
+    train, test = (
+        without_partial_labels(everything.select(rows)) for rows in (in_train, ~in_train)
+    )
     if imbalance is not None:
         train = long_tail(train, imbalance)
     if train.images is not None:
@@ -326,7 +371,9 @@ def by_protocol(name: str, everything: ImageSet, protocol: str, imbalance: float
 
 
 def without_partial_labels(images: ImageSet) -> ImageSet:
-    """The set itself; without classes if some of its images have none, for scores over a part would mislead."""
+    """The set itself; without classes if some of its images have none, for scores over a part would
+    mislead.
+    """
     if images.classes is not None and (images.classes < 0).any():
         images.classes, images.class_names = None, []
     return images

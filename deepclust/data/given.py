@@ -21,13 +21,16 @@ KINDS = "paths, Pillow images, or arrays of one shape"
 def gathered(images: Any) -> Given:
     """A list of paths, a list of Pillow images, or one array: whichever it is that was given.
 
-    images: an array or tensor; one Pillow image; a path, or paths, images or arrays of one shape in a list, a tuple, an
-    array, a column of a table or a generator. Arrays (H, W) of a list become (N, 1, H, W).
-    Raises UserError for a set, whose order means nothing, for nothing at all, and for a mixture.
+    images: an array or tensor; one Pillow image; a path, or paths, images or arrays of one shape in
+    a list, a tuple, an array, a column of a table or a generator. Arrays (H, W) of a list become
+    (N, 1, H, W). Raises UserError for a set, whose order means nothing, for nothing at all, and for
+    a mixture.
     """
     from PIL import Image
 
-    if isinstance(images, Tensor) or (isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"):
+    if isinstance(images, Tensor) or (
+        isinstance(images, np.ndarray) and images.dtype.kind not in "OUS"
+    ):
         return images
     if isinstance(images, Image.Image):
         return [images]
@@ -35,7 +38,9 @@ def gathered(images: Any) -> Given:
         return [str(images)]
     if isinstance(images, Set | Mapping):
         kind = type(images).__name__
-        raise UserError(f"images: a {kind} has no order, so clusters could not be told whose they are; give a list.")
+        raise UserError(
+            f"images: a {kind} has no order, so clusters could not be told whose they are; give a list."
+        )
     if not isinstance(images, Iterable):
         raise UserError(f"images: {type(images).__name__}; expected {KINDS}.")
     items = list(images)

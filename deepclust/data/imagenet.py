@@ -10,9 +10,8 @@ from typing import Literal
 from deepclust.data.benchmarks import splits_to_read
 from deepclust.data.folders import Listing, check_folder, list_folder, load_files
 from deepclust.data.image_set import ImageData
-from deepclust.errors import UserError
-from deepclust.schema import Count, Imbalance, Natural
-from deepclust.signatures import near
+from deepclust.errors import UserError, near
+from deepclust.types import Count, Imbalance, Natural
 
 # WordNet ids of classes. HUNDRED and TWO_HUNDRED are what the larger subset adds to the smaller.
 FIFTY = """
@@ -190,8 +189,7 @@ def tiny_imagenet(
         folder = home / split_name
         if not folder.is_dir():
             raise UserError(
-                f"data.root={root}: there is no folder {split_name} in {home}; "
-                f"give the folder {TINY}."
+                f"data.root={root}: there is no folder {split_name} in {home}; give the folder {TINY}."
             )
         paths = list_folder(str(folder)).paths
         sheet = folder / "val_annotations.txt"

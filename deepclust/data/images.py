@@ -1,9 +1,10 @@
 """From an image file to pixels: uint8 (C, size, size), or a refusal with the reason in words.
 
-Conventions: transparent parts lie on white, or on grey where white would hide what is visible (`data/transparency.py`);
-more than 8 bits become 8 by the file's full scale, or by the range that it uses where that is narrow (`data/depth.py`);
-EXIF rotation is applied; animations give their first frame; colour profiles are not applied. HEIC is read where
-pillow-heif is there, AVIF by a Pillow that can.
+Conventions: transparent parts lie on white, or on grey where white would hide what is visible
+(`data/transparency.py`); more than 8 bits become 8 by the file's full scale, or by the range that
+it uses where that is narrow (`data/depth.py`); EXIF rotation is applied; animations give their
+first frame; colour profiles are not applied. HEIC is read where pillow-heif is there, AVIF by a
+Pillow that can.
 """
 
 from __future__ import annotations
@@ -52,9 +53,22 @@ EXTENSIONS = (
 )
 # Named, because Pillow would hand a PostScript file called x.jpg to an outside program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+HEIF_BRANDS = (
+    b"heic",
+    b"heix",
+    b"heim",
+    b"heis",
+    b"hevc",
+    b"hevx",
+    b"hevm",
+    b"hevs",
+    b"mif1",
+    b"msf1",
+)
 AVIF_BRANDS = (b"avif", b"avis")
-"""Major brands of ISO/IEC 23008-12 files, which begin with a box `ftyp`; `mif1` and `msf1` may hold either."""
+"""Major brands of ISO/IEC 23008-12 files, which begin with a box `ftyp`; `mif1` and `msf1` may hold
+either.
+"""
 INSTALL_HEIF = "a HEIC image: pip install 'deepclust[heic]' lets it be read"
 INSTALL_AVIF = "an AVIF image: Pillow 11.3 or later reads it (pip install -U pillow)"
 UPRIGHT = {
@@ -72,11 +86,14 @@ SIDEWAYS = (5, 6, 7, 8)
 EXIF_ORIENTATION = 0x0112
 POOL_BATCH = 1024
 LARGE = 40_000_000
-"""Pixels beyond which images are decoded one at a time: eight threads with such images would take gigabytes."""
+"""Pixels beyond which images are decoded one at a time: eight threads with such images would take
+gigabytes.
+"""
 _HEIF, _LARGE = threading.Lock(), threading.Lock()
 Result = TypeVar("Result")
 
-# Pillow warns about large images and odd metadata on stderr, once per worker; what matters comes back as a reason.
+# Pillow warns about large images and odd metadata on stderr, once per worker; what matters comes
+# back as a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -92,7 +109,8 @@ class UnreadableImage(UserError):
 
 
 class Decoded(NamedTuple):
-    """pixels: uint8 (channels, size, size). size: (width, height) of the upright image as it is in the file.
+    """pixels: uint8 (channels, size, size). size: (width, height) of the upright image as it is in
+    the file.
 
     sha256: of the file's bytes, empty where it was not asked for.
     """
@@ -103,7 +121,8 @@ class Decoded(NamedTuple):
 
 
 def decode(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """An image file as uint8 (channels, size, size): shorter side resized to `size` (antialiased bicubic), centre crop.
+    """An image file as uint8 (channels, size, size): shorter side resized to `size` (antialiased
+    bicubic), centre crop.
 
     Raises:
         UnreadableImage: whatever is wrong with the file.
@@ -122,20 +141,25 @@ def decode_file(path: str | Path, size: int, channels: int, hashing: bool = Fals
         data = Path(path).read_bytes() if hashing else None
         with _open(path if data is None else io.BytesIO(data)) as image:
             whole = image.size
-            if image.format == "JPEG":  # decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
+            if (
+                image.format == "JPEG"
+            ):  # decodes straight to 1/2, 1/4 or 1/8; twice the target is kept
                 image.draft(None, (2 * size, 2 * size))
             with _LARGE if image.width * image.height > LARGE else nullcontext():
                 pixels, orientation = _pixels(
                     image, size, channels, lambda: _open(path if data is None else io.BytesIO(data))
                 )
-    except Exception as error:  # decoders raise anything from SyntaxError to struct.error on a broken file
+    except (
+        Exception
+    ) as error:  # decoders raise anything from SyntaxError to struct.error on a broken file
         raise UnreadableImage(str(path), _reason(error)) from error
     seen = whole[::-1] if orientation in SIDEWAYS else whole
     return Decoded(pixels, seen, b"" if data is None else hashlib.sha256(data).digest())
 
 
 def decode_picture(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
-    """A Pillow image as `decode` gives an image file; uint8 (channels, H, W), uncropped, where `size` is None.
+    """A Pillow image as `decode` gives an image file; uint8 (channels, H, W), uncropped, where
+    `size` is None.
 
     Raises:
         UnreadableImage: values that fit no scale, or a file that went bad since it was opened.
@@ -143,7 +167,9 @@ def decode_picture(image: Image.Image, size: int | None, channels: int) -> np.nd
     try:
         return _pixels(image, size, channels, None)[0]
     except Exception as error:  # as for files: a lazily opened one is read only now
-        raise UnreadableImage(f"a Pillow image {getattr(image, 'filename', '')}".strip(), _reason(error)) from error
+        raise UnreadableImage(
+            f"a Pillow image {getattr(image, 'filename', '')}".strip(), _reason(error)
+        ) from error
 
 
 def _pixels(
@@ -167,7 +193,8 @@ def _pixels(
 
 
 def _open(file: str | Path | io.BytesIO) -> ImageFile:
-    """The image of a file by its content, whatever its name; HEIC and AVIF where there is something that reads them.
+    """The image of a file by its content, whatever its name; HEIC and AVIF where there is something
+    that reads them.
 
     Raises UnidentifiedImageError for other kinds, ValueError where something has to be installed.
     """
@@ -204,7 +231,9 @@ def _reads_avif() -> bool:
 
 
 def _reads_heif() -> bool:
-    """Whether pillow-heif is there; it is made known to Pillow once, when the first such file comes."""
+    """Whether pillow-heif is there; it is made known to Pillow once, when the first such file
+    comes.
+    """
     with _HEIF:
         return _register_heif()
 
@@ -227,7 +256,9 @@ def readable_now(reason: str) -> bool:
 def _check_file(path: str | Path) -> None:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever
-        raise ValueError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        raise ValueError(
+            "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        )
     if status.st_size == 0:
         raise ValueError("empty file (0 bytes)")
 
@@ -245,10 +276,14 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
-    """The centred square, resized: the same as resizing the shorter side and cropping, without the pixels cut away."""
+    """The centred square, resized: the same as resizing the shorter side and cropping, without the
+    pixels cut away.
+    """
     short = min(image.size)
     left, top = (image.width - short) / 2, (image.height - short) / 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
+    return image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short)
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -268,10 +303,12 @@ def _reason(error: Exception) -> str:
 def decode_all(
     files: Sequence[str], size: int, channels: int, in_memory: bool
 ) -> tuple[Tensor | None, list[str | None]]:
-    """Decodes every file in a pool of threads (Pillow releases the interpreter lock while it decodes).
+    """Decodes every file in a pool of threads (Pillow releases the interpreter lock while it
+    decodes).
 
     Returns:
-        images (N, C, size, size) uint8 if `in_memory`, else None; and for each file None or why it cannot be read.
+        images (N, C, size, size) uint8 if `in_memory`, else None; and for each file None or why it
+        cannot be read.
     """
     images = torch.zeros(len(files), channels, size, size, dtype=torch.uint8) if in_memory else None
 
@@ -288,7 +325,9 @@ def decode_all(
 
 
 def all_grey(files: Sequence[str], num_samples: int = 256) -> bool:
-    """Whether all readable ones of up to `num_samples` evenly spaced files are grey (three equal channels are, too)."""
+    """Whether all readable ones of up to `num_samples` evenly spaced files are grey (three equal
+    channels are, too).
+    """
     rows = np.unique(np.linspace(0, len(files) - 1, num_samples).astype(int))
 
     def grey(sample: int) -> bool | None:
@@ -304,11 +343,15 @@ def all_grey(files: Sequence[str], num_samples: int = 256) -> bool:
 
 def num_decoders() -> int:
     """Threads to decode with: one for each core that this process may use, eight at most."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(
+        8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def in_threads(work: Callable[[int], Result], count: int) -> list[Result]:
-    """`work(row)` for every row, in order, a batch at a time so that Ctrl-C does not wait for all of them."""
+    """`work(row)` for every row, in order, a batch at a time so that Ctrl-C does not wait for all
+    of them.
+    """
     results: list[Result] = []
     with ThreadPoolExecutor(num_decoders()) as pool:
         for start in range(0, count, POOL_BATCH):

@@ -1,4 +1,6 @@
-"""Batches of augmented views, by one of two engines. Nothing here is random: samples bring their keys."""
+"""Batches of augmented views, by one of two engines. Nothing here is random: samples bring their
+keys.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from deepclust.data.datasets import ImageSet
 from deepclust.data.images import UnreadableImage
 from deepclust.data.random import sample_keys
 from deepclust.data.sampler import Samples
-from deepclust.data.views import ViewTransform
+from deepclust.data.views.transform import ViewTransform
 
 if TYPE_CHECKING:
     from deepclust.heads.base import View
@@ -102,7 +104,7 @@ class Loader:
         self, items: list[Samples]
     ) -> Iterator[tuple[Tensor, dict[int, Tensor], list[Failure]]]:
         """Sample indices, views by slot and failures of each batch, made by worker processes."""
-        from deepclust.signals import ignore_in_worker
+        from deepclust.runtime.signals import ignore_in_worker
 
         names = [view.augment for view in self.views]
         dataset = _WorkerViews(self.images, names, dict(self.transforms), items)

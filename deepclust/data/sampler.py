@@ -161,7 +161,10 @@ class Sampler:
         index = plan.order[positions]
         slots = range(len(self.views))
         keys = torch.stack(
-            [sample_keys(self.seed, self.stage_index, pass_index, positions, slot) for slot in slots]
+            [
+                sample_keys(self.seed, self.stage_index, pass_index, positions, slot)
+                for slot in slots
+            ]
         )
         sources = index.repeat(len(self.views), 1)
         for slot, view in enumerate(self.views):

@@ -7,10 +7,11 @@
   <backbone>.npy    features (N, D), float16 or float32, not standardised; row = image, the same for every backbone
   simclr/           the run that trained a backbone on these very images, where one was asked for
 ```
-A row belongs to one path for ever: new images come behind, deleted ones are marked. What changes in the folder has a
-number, its scan; a block of `BLOCK` rows is sealed with the scan it was computed in, so a row is out of date where its
-image changed in a later one. A transaction that seals a block is written after the block's features, so that a kill at
-any moment leaves rows to compute again and never wrong ones. Importing this file imports no torch.
+A row belongs to one path for ever: new images come behind, deleted ones are marked. What changes in
+the folder has a number, its scan; a block of `BLOCK` rows is sealed with the scan it was computed
+in, so a row is out of date where its image changed in a later one. A transaction that seals a block
+is written after the block's features, so that a kill at any moment leaves rows to compute again and
+never wrong ones. Importing this file imports no torch.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ DTYPES = ("float16", "float32")
 BLOCK = 256
 """Rows that are hashed and sealed together."""
 HEADER = 128
-"""Bytes of a features file before its first row: a .npy header of fixed length, so that files grow in place."""
+"""Bytes of a features file before its first row: a .npy header of fixed length, so that files grow
+in place.
+"""
 
 
 @dataclass(frozen=True)
 class StoredBackbone:
-    """What a store knows of a backbone: its name there, D, dtype (float16, float32) and identity (plain JSON).
+    """What a store knows of a backbone: its name there, D, dtype (float16, float32) and identity
+    (plain JSON).
 
-    identity: `model`, `weights` (SHA-256), `preprocess`, `trained_with_labels` (None: not known), `precision`,
-    `batch_size`, `made_by` (what rebuilds it) and what else was known.
+    identity: `model`, `weights` (SHA-256), `preprocess`, `trained_with_labels` (None: not known),
+    `precision`, `batch_size`, `made_by` (what rebuilds it) and what else was known.
     """
 
     name: str
@@ -55,14 +59,17 @@ class StoredBackbone:
 
 
 class FeatureStore:
-    """A store that is read. Rows run 0..N-1 and belong to one path each, whatever happens to the folder.
+    """A store that is read. Rows run 0..N-1 and belong to one path each, whatever happens to the
+    folder.
 
-    path: the store's folder. root: the folder of images. paths: N, relative to `root`. status: N of `ok`, `new` (not
-    looked at yet), `unreadable`, `deleted`. reasons: why, by row, for the unreadable ones. sizes: (N, 2) int64, width
-    and height in pixels, 0 where they are not known. hashes: N times SHA-256 of the file, or None. file_bytes,
-    mtime_ns: (N,) int64. perceptual: (N,) uint64, `perceptual_hash` of the pixels that the first backbone was fed (the
-    centred square), 0 where it is not known; has_perceptual: (N,) bool, where it is. Not known: unreadable images, and
-    those whose features were made before stores kept it. backbones: by name.
+    path: the store's folder. root: the folder of images. paths: N, relative to `root`. status: N of
+    `ok`, `new` (not looked at yet), `unreadable`, `deleted`. reasons: why, by row, for the
+    unreadable ones. sizes: (N, 2) int64, width and height in pixels, 0 where they are not known.
+    hashes: N times SHA-256 of the file, or None. file_bytes,
+    mtime_ns: (N,) int64. perceptual: (N,) uint64, `perceptual_hash` of the pixels that the first
+    backbone was fed (the centred square), 0 where it is not known; has_perceptual: (N,) bool, where
+    it is. Not known: unreadable images, and those whose features were made before stores kept it.
+    backbones: by name.
     """
 
     def __init__(self, path: Path, db: sqlite3.Connection) -> None:
@@ -70,22 +77,33 @@ class FeatureStore:
         self._db = db
         facts = dict(db.execute("SELECT name, value FROM facts"))
         if not str(facts.get("format", "")).isdecimal() or int(facts["format"]) > FORMAT:
-            raise UserError(f"{path} was written by a newer deepclust (format {facts.get('format')}); update deepclust")
+            raise UserError(
+                f"{path} was written by a newer deepclust (format {facts.get('format')}); update deepclust"
+            )
         self.root = Path(os.fsdecode(facts["root"]))
         self.scan = int(facts["scan"])
         self._read_images()
         self.backbones: dict[str, StoredBackbone] = {}
-        for name, dim, dtype, identity in db.execute("SELECT name, dim, dtype, identity FROM backbones ORDER BY place"):
+        for name, dim, dtype, identity in db.execute(
+            "SELECT name, dim, dtype, identity FROM backbones ORDER BY place"
+        ):
             self.backbones[name] = _checked(StoredBackbone(name, dim, dtype, json.loads(identity)))
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
-        """Reads a store's manifest; features stay on disk. Raises UserError where there is none, or a broken one."""
+        """Reads a store's manifest; features stay on disk. Raises UserError where there is none, or
+        a broken one.
+        """
         folder = Path(path).expanduser()
         file = folder / MANIFEST
         if not file.is_file():
-            raise UserError(f"{path} is no feature store; deepclust features IMAGES --store {path} makes one")
-        for mode in ("ro", "rw"):  # a kill inside a transaction leaves a journal that only a writer may roll back
+            raise UserError(
+                f"{path} is no feature store; deepclust features IMAGES --store {path} makes one"
+            )
+        for mode in (
+            "ro",
+            "rw",
+        ):  # a kill inside a transaction leaves a journal that only a writer may roll back
             try:
                 db = connect(file, mode)
                 try:
@@ -107,13 +125,18 @@ class FeatureStore:
         return self.status == "ok"
 
     def backbone(self, name: str | None = None) -> StoredBackbone:
-        """The backbone of this name in the store, or of this model if only one is; None: the only one there is.
+        """The backbone of this name in the store, or of this model if only one is; None: the only
+        one there is.
 
         Raises UserError, naming those there are, where it is none or several.
         """
         if name in self.backbones:
             return self.backbones[name]
-        found = [each for each in self.backbones.values() if name is None or each.identity.get("model") == name]
+        found = [
+            each
+            for each in self.backbones.values()
+            if name is None or each.identity.get("model") == name
+        ]
         if len(found) == 1:
             return found[0]
         names = ", ".join(each.name for each in found) or ", ".join(self.backbones) or "none yet"
@@ -123,9 +146,11 @@ class FeatureStore:
         raise UserError(f"{self.path} {what}; there are: {names}")
 
     def known_as(self, name: str, size: int | None, dtype: str) -> str | None:
-        """What the store calls the backbone that was asked for as `name`, if that cannot be another one by now.
+        """What the store calls the backbone that was asked for as `name`, if that cannot be another
+        one by now.
 
-        So it is with a timm model and its own weights, and with FILE.py:FUNCTION where the file is unchanged.
+        So it is with a timm model and its own weights, and with FILE.py:FUNCTION where the file is
+        unchanged.
         """
         place, colon, function = name.rpartition(":")
         wanted: dict[str, Any] = {"name": name, "weights": None, "size": size}
@@ -137,23 +162,38 @@ class FeatureStore:
         return self._made_by(wanted, dtype)
 
     def trained_here(self, dtype: str) -> str | None:
-        """What the store calls the backbone that was trained on its own images, for want of weights."""
-        return self._made_by({"name": os.path.abspath(self.path / "simclr"), "weights": None, "size": None}, dtype)
+        """What the store calls the backbone that was trained on its own images, for want of
+        weights.
+        """
+        return self._made_by(
+            {"name": os.path.abspath(self.path / "simclr"), "weights": None, "size": None}, dtype
+        )
 
     def _made_by(self, wanted: dict[str, Any], dtype: str) -> str | None:
-        made = ((each, each.identity.get("made_by")) for each in self.backbones.values() if each.dtype == dtype)
+        made = (
+            (each, each.identity.get("made_by"))
+            for each in self.backbones.values()
+            if each.dtype == dtype
+        )
         return next((each.name for each, known in made if known == wanted), None)
 
     def features(self, name: str | None = None) -> np.ndarray:
-        """(N, D) memory map, read-only, float16 or float32. Rows that `computed` leaves out hold 0 or old values."""
+        """(N, D) memory map, read-only, float16 or float32. Rows that `computed` leaves out hold 0
+        or old values.
+        """
         found = self.backbone(name)
         file, dtype = self.file(found.name), np.dtype(found.dtype)
-        if not file.is_file() or file.stat().st_size < HEADER + len(self) * found.dim * dtype.itemsize:
+        if (
+            not file.is_file()
+            or file.stat().st_size < HEADER + len(self) * found.dim * dtype.itemsize
+        ):
             raise UserError(f"{file} is not complete; {self.command} goes on where it stopped")
         return np.memmap(file, dtype.newbyteorder("<"), "r", HEADER, (len(self), found.dim))
 
     def computed(self, name: str | None = None) -> np.ndarray:
-        """(N,) bool: rows whose features are sealed and of the image as it was last seen, unreadable ones included."""
+        """(N,) bool: rows whose features are sealed and of the image as it was last seen,
+        unreadable ones included.
+        """
         computed_at = np.zeros(len(self), dtype=np.int64)
         for block, (rows, _, scan) in self._blocks.get(self.backbone(name).name, {}).items():
             computed_at[block * BLOCK : block * BLOCK + rows] = scan
@@ -164,7 +204,9 @@ class FeatureStore:
         return np.flatnonzero(self.valid & self.computed(name))
 
     def damaged(self, name: str | None = None) -> list[int]:
-        """Sealed blocks whose features are not what was written (SHA-256); block b holds rows from b * 256 on."""
+        """Sealed blocks whose features are not what was written (SHA-256); block b holds rows from
+        b * 256 on.
+        """
         found = self.backbone(name)
         blocks = self._blocks.get(found.name, {})
         row_bytes = found.dim * np.dtype(found.dtype).itemsize
@@ -195,7 +237,9 @@ class FeatureStore:
 
     def _read_images(self) -> None:
         """Columns of the table of images, and the seals."""
-        columns = "path, bytes, mtime_ns, ctime_ns, width, height, sha256, status, reason, changed_at, "
+        columns = (
+            "path, bytes, mtime_ns, ctime_ns, width, height, sha256, status, reason, changed_at, "
+        )
         columns += PERCEPTUAL if PERCEPTUAL in image_columns(self._db) else "NULL"
         rows = self._db.execute(f"SELECT {columns} FROM images ORDER BY row").fetchall()
         found: Sequence[Sequence[Any]] = list(zip(*rows)) or [()] * 11
@@ -208,9 +252,13 @@ class FeatureStore:
         self.reasons = {row: reason for row, reason in enumerate(found[8]) if reason is not None}
         self.changed_at = np.array(found[9], dtype=np.int64)
         self.has_perceptual = np.array([each is not None for each in found[10]], dtype=bool)
-        self.perceptual = np.array([int.from_bytes(each or b"", "big") for each in found[10]], dtype=np.uint64)
+        self.perceptual = np.array(
+            [int.from_bytes(each or b"", "big") for each in found[10]], dtype=np.uint64
+        )
         self._blocks: dict[str, dict[int, tuple[int, str, int]]] = {}
-        for name, *seal in self._db.execute("SELECT backbone, block, rows, sha256, computed_at FROM blocks"):
+        for name, *seal in self._db.execute(
+            "SELECT backbone, block, rows, sha256, computed_at FROM blocks"
+        ):
             self._blocks.setdefault(name, {})[seal[0]] = (seal[1], seal[2], seal[3])
 
 

@@ -1,4 +1,6 @@
-"""The one process that writes a feature store: what changed in the folder, and features as they are made."""
+"""The one process that writes a feature store: what changed in the folder, and features as they are
+made.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from deepclust.data.store import (
     image_columns,
 )
 from deepclust.errors import UserError
-from deepclust.run_folder import explain, inside, release_lock, take_lock
+from deepclust.runtime.files import explain, inside, release_lock, take_lock
 
 SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value)",
@@ -56,7 +58,8 @@ class FileState(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """What reading an image told. status: `ok` or `unreadable`. size: (width, height). sha256: None if not wanted.
+    """What reading an image told. status: `ok` or `unreadable`. size: (width, height). sha256: None
+    if not wanted.
 
     perceptual: hash of the pixels that a backbone is fed, None for an unreadable image.
     """
@@ -90,15 +93,21 @@ class StoreWriter(FeatureStore):
 
     @classmethod
     def create(cls, path: str | Path, root: Path) -> StoreWriter:
-        """Takes over the store at `path`, or makes an empty one, for the images of the folder `root`.
+        """Takes over the store at `path`, or makes an empty one, for the images of the folder
+        `root`.
 
-        Raises UserError: a folder of something else, a store of another folder, one in use, or no way to write there.
+        Raises UserError: a folder of something else, a store of another folder, one in use, or no
+        way to write there.
         """
         folder, root = Path(os.path.abspath(os.path.expanduser(path))), root.resolve()
         with in_words(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / MANIFEST).exists() and any(not name.startswith(".") for name in os.listdir(folder)):
-                raise UserError(f"--store {folder} holds other files and is no feature store; choose another {OPTION}")
+            if not (folder / MANIFEST).exists() and any(
+                not name.startswith(".") for name in os.listdir(folder)
+            ):
+                raise UserError(
+                    f"--store {folder} holds other files and is no feature store; choose another {OPTION}"
+                )
             lock = take_lock(folder, "--store ")
         try:
             with in_words(folder):
@@ -112,7 +121,9 @@ class StoreWriter(FeatureStore):
                 return store
         except (KeyError, ValueError, TypeError) as error:
             release_lock(folder, lock)
-            raise UserError(f"{folder / MANIFEST} is damaged ({error}). Remove the store and make it anew") from error
+            raise UserError(
+                f"{folder / MANIFEST} is damaged ({error}). Remove the store and make it anew"
+            ) from error
         except BaseException:
             release_lock(folder, lock)
             raise
@@ -135,27 +146,40 @@ class StoreWriter(FeatureStore):
     def update(self, listing: Listing, hashing: bool) -> Changes:
         """Brings the table of images up to what the folder holds now, in one transaction.
 
-        A file whose size and times are as before is taken as unchanged. Else, with `hashing`, its SHA-256 decides; and
-        without, or where none was kept, size and time of modification. Unreadable ones are tried again when touched,
-        or when what they lacked was installed.
+        A file whose size and times are as before is taken as unchanged. Else, with `hashing`, its
+        SHA-256 decides; and without, or where none was kept, size and time of modification.
+        Unreadable ones are tried again when touched, or when what they lacked was installed.
         """
         states = _states(listing)
         known = {path: row for row, path in enumerate(self.paths)}
         found = {known[path]: state for path, state in zip(listing.paths, states) if path in known}
         fresh = [(path, state) for path, state in zip(listing.paths, states) if path not in known]
         touched = [row for row, state in found.items() if self._touched(row, state, hashing)]
-        digests = in_threads(lambda at: _digest(self.root / self.paths[touched[at]]), len(touched)) if hashing else []
+        digests = (
+            in_threads(lambda at: _digest(self.root / self.paths[touched[at]]), len(touched))
+            if hashing
+            else []
+        )
         changed = [
             (row, digest)
             for row, digest in zip(touched, digests or [None] * len(touched))
             if self._differs(row, found[row], digest)
         ]
         returned = [row for row in found if self.status[row] == "deleted"]
-        deleted = [row for row in range(len(self)) if row not in found and self.status[row] != "deleted"]
+        deleted = [
+            row for row in range(len(self)) if row not in found and self.status[row] != "deleted"
+        ]
         anew = {row for row, _ in changed} | set(returned)
-        anew |= {row for row in found if self.status[row] == "unreadable" and readable_now(self.reasons[row])}
+        anew |= {
+            row
+            for row in found
+            if self.status[row] == "unreadable" and readable_now(self.reasons[row])
+        }
         with in_words(self.path), self._db as db:
-            db.executemany("UPDATE images SET status = 'deleted', reason = NULL WHERE row = ?", [(r,) for r in deleted])
+            db.executemany(
+                "UPDATE images SET status = 'deleted', reason = NULL WHERE row = ?",
+                [(r,) for r in deleted],
+            )
             db.executemany(
                 "UPDATE images SET bytes = ?, mtime_ns = ?, ctime_ns = ? WHERE row = ?",
                 [(*found[row], row) for row in touched],
@@ -186,32 +210,48 @@ class StoreWriter(FeatureStore):
             return digest != self.hashes[row]
         return (self.file_bytes[row], self.mtime_ns[row]) != state[:2]
 
-    def _add(self, db: sqlite3.Connection, fresh: Sequence[tuple[str, FileState]], anew: set[int]) -> None:
+    def _add(
+        self, db: sqlite3.Connection, fresh: Sequence[tuple[str, FileState]], anew: set[int]
+    ) -> None:
         """Rows for new images, and a new scan for all that has to be computed."""
         if not fresh and not anew:
             return
         self.scan += 1
         db.execute("UPDATE facts SET value = ? WHERE name = 'scan'", (self.scan,))
-        statement = (
-            f"UPDATE images SET status = 'new', reason = NULL, changed_at = ?, {PERCEPTUAL} = NULL WHERE row = ?"
-        )
+        statement = f"UPDATE images SET status = 'new', reason = NULL, changed_at = ?, {PERCEPTUAL} = NULL WHERE row = ?"
         db.executemany(statement, [(self.scan, row) for row in sorted(anew)])
-        rows = [(len(self) + place, os.fsencode(path), *state, self.scan) for place, (path, state) in enumerate(fresh)]
+        rows = [
+            (len(self) + place, os.fsencode(path), *state, self.scan)
+            for place, (path, state) in enumerate(fresh)
+        ]
         columns = "row, path, bytes, mtime_ns, ctime_ns, width, height, status, changed_at"
-        db.executemany(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, 0, 0, 'new', ?)", rows)
+        db.executemany(
+            f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, 0, 0, 'new', ?)", rows
+        )
 
     def add_backbone(self, backbone: StoredBackbone) -> list[int]:
-        """Takes a backbone in, beside the others, or finds it again. Gives blocks that were damaged: no longer sealed.
+        """Takes a backbone in, beside the others, or finds it again. Gives blocks that were
+        damaged: no longer sealed.
 
         Raises UserError where the disk has no room for its features.
         """
         with in_words(self.path):
             if backbone.name not in self.backbones:
                 with self._db as db:
-                    values = (backbone.name, backbone.dim, backbone.dtype, json.dumps(backbone.identity))
-                    db.execute("INSERT INTO backbones (name, dim, dtype, identity) VALUES (?, ?, ?, ?)", values)
+                    values = (
+                        backbone.name,
+                        backbone.dim,
+                        backbone.dtype,
+                        json.dumps(backbone.identity),
+                    )
+                    db.execute(
+                        "INSERT INTO backbones (name, dim, dtype, identity) VALUES (?, ?, ?, ?)",
+                        values,
+                    )
                 self.backbones[backbone.name] = backbone
-            elif self.backbones[backbone.name].identity != backbone.identity:  # its file may have been moved
+            elif (
+                self.backbones[backbone.name].identity != backbone.identity
+            ):  # its file may have been moved
                 with self._db as db:
                     values = (json.dumps(backbone.identity), backbone.name)
                     db.execute("UPDATE backbones SET identity = ? WHERE name = ?", values)
@@ -238,11 +278,13 @@ class StoreWriter(FeatureStore):
         os.ftruncate(handle, size)
         _write(handle, 0, _header(backbone, len(self)))
 
-    def seal(self, block: int, found: Mapping[str, tuple[np.ndarray, np.ndarray]], facts: Sequence[Fact]) -> None:
+    def seal(
+        self, block: int, found: Mapping[str, tuple[np.ndarray, np.ndarray]], facts: Sequence[Fact]
+    ) -> None:
         """Writes features of one block and what reading its images told.
 
-        found: by backbone, the rows (n,) int64 and their features (n, D). Raises UserError where writing fails; what
-        was sealed before stays.
+        found: by backbone, the rows (n,) int64 and their features (n, D). Raises UserError where
+        writing fails; what was sealed before stays.
         """
         start = block * BLOCK
         stop = min(start + BLOCK, len(self))
@@ -255,13 +297,21 @@ class StoreWriter(FeatureStore):
                     self._unseal(name, block)
                 data = np.ascontiguousarray(values, np.dtype(backbone.dtype).newbyteorder("<"))
                 for run in _runs(rows):
-                    _write(handle, HEADER + int(rows[run.start]) * data.strides[0], data[run].tobytes())
+                    _write(
+                        handle, HEADER + int(rows[run.start]) * data.strides[0], data[run].tobytes()
+                    )
                 os.fsync(handle)
-                seals[name] = (stop - start, hash_rows(handle, start, stop - start, data.strides[0]), self.scan)
+                seals[name] = (
+                    stop - start,
+                    hash_rows(handle, start, stop - start, data.strides[0]),
+                    self.scan,
+                )
             with self._db as db:
                 _keep_facts(db, [self._as_scanned(fact) for fact in facts])
                 rows_of_table = [(name, block, *seal) for name, seal in seals.items()]
-                db.executemany("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)", rows_of_table)
+                db.executemany(
+                    "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)", rows_of_table
+                )
         for name, seal in seals.items():
             self._blocks.setdefault(name, {})[block] = seal
         for fact in facts:
@@ -270,10 +320,16 @@ class StoreWriter(FeatureStore):
                 self.reasons[fact.row] = fact.reason
 
     def _as_scanned(self, fact: Fact) -> Fact:
-        """A file that changed between the scan and its reading keeps what the scan saw: the next one finds it out."""
+        """A file that changed between the scan and its reading keeps what the scan saw: the next
+        one finds it out.
+        """
         row = fact.row
-        scanned = FileState(int(self.file_bytes[row]), int(self.mtime_ns[row]), int(self.ctime_ns[row]))
-        return fact if fact.state == scanned else fact._replace(state=scanned, sha256=self.hashes[row])
+        scanned = FileState(
+            int(self.file_bytes[row]), int(self.mtime_ns[row]), int(self.ctime_ns[row])
+        )
+        return (
+            fact if fact.state == scanned else fact._replace(state=scanned, sha256=self.hashes[row])
+        )
 
     def _unseal(self, name: str, block: int) -> None:
         with self._db as db:
@@ -299,7 +355,10 @@ def _states(listing: Listing) -> list[FileState]:
     root, paths = str(listing.root), listing.paths
 
     def part(number: int) -> list[FileState]:
-        return [file_state(f"{root}/{path}") for path in paths[number * AT_ONCE : (number + 1) * AT_ONCE]]
+        return [
+            file_state(f"{root}/{path}")
+            for path in paths[number * AT_ONCE : (number + 1) * AT_ONCE]
+        ]
 
     return [state for states in in_threads(part, -(-len(paths) // AT_ONCE)) for state in states]
 
@@ -328,7 +387,9 @@ def in_words(folder: Path) -> Iterator[None]:
             text = f"{MANIFEST} is damaged ({text}). Remove the store and make it anew"
         raise UserError(f"the store {folder} cannot be written: {text}") from error
     except OSError as error:
-        raise UserError(f"the store {folder} cannot be written: {explain(error, OPTION)}") from error
+        raise UserError(
+            f"the store {folder} cannot be written: {explain(error, OPTION)}"
+        ) from error
 
 
 def _fill(db: sqlite3.Connection, root: Path) -> None:
@@ -343,7 +404,9 @@ def _fill(db: sqlite3.Connection, root: Path) -> None:
 
 def _keep_facts(db: sqlite3.Connection, facts: Sequence[Fact]) -> None:
     """The perceptual hash stays that of the backbone that came first."""
-    seen = [None if fact.perceptual is None else fact.perceptual.to_bytes(8, "big") for fact in facts]
+    seen = [
+        None if fact.perceptual is None else fact.perceptual.to_bytes(8, "big") for fact in facts
+    ]
     db.executemany(
         "UPDATE images SET bytes = ?, mtime_ns = ?, ctime_ns = ?, width = ?, height = ?, sha256 = ?, status = ?, "
         f"reason = ?, {PERCEPTUAL} = CASE WHEN ? IS NULL THEN NULL ELSE coalesce({PERCEPTUAL}, ?) END WHERE row = ?",
@@ -358,7 +421,12 @@ def _header(backbone: StoredBackbone, rows: int) -> bytes:
     """Version 1.0 of the .npy format, padded to a fixed length."""
     descr = np.dtype(backbone.dtype).newbyteorder("<").str
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({rows}, {backbone.dim}), }}"
-    return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.ljust(HEADER - 11).encode() + b"\n"
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (HEADER - 10).to_bytes(2, "little")
+        + text.ljust(HEADER - 11).encode()
+        + b"\n"
+    )
 
 
 def _runs(rows: np.ndarray) -> list[slice]:

@@ -1,8 +1,10 @@
 """Images with transparent parts, laid on a background that keeps what is visible.
 
-The background is white. Where what is visible is nearly white along the transparent parts (a white icon), it is mid
-grey: on white nothing would be left of it. An image whose every pixel is transparent is taken as if it were opaque if
-it has more than one colour, and else as blank. The choice is the image's own and always the same.
+The background is white. Where what is visible is nearly white along the transparent parts (a white
+icon), it is mid
+grey: on white nothing would be left of it. An image whose every pixel is transparent is taken as if
+it were opaque if it has more than one colour, and else as blank. The choice is the image's own and
+always the same.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether an image has transparent parts, or could have: an alpha channel or a transparent colour."""
+    """Whether an image has transparent parts, or could have: an alpha channel or a transparent
+    colour.
+    """
     in_palette = image.palette is not None and image.palette.mode.endswith("A")
     return image.mode.lower().endswith("a") or in_palette or "transparency" in image.info
 
@@ -36,7 +40,9 @@ def opaque(image: Image.Image) -> Image.Image:
         one_colour = colours.getcolors(1) is not None
         return Image.new("RGB", image.size, "white") if one_colour else colours
     level = background(image)
-    return Image.alpha_composite(Image.new("RGBA", image.size, (level, level, level, 255)), image).convert("RGB")
+    return Image.alpha_composite(
+        Image.new("RGBA", image.size, (level, level, level, 255)), image
+    ).convert("RGB")
 
 
 def background(image: Image.Image) -> int:

@@ -155,8 +155,7 @@ def better_stage(candidates: Mapping[str, float | None]) -> tuple[str, str]:
     if all(value != value for value in values.values()):
         *_, kept = values
         return kept, (
-            f"{kept} is kept, the last stage: how neighbours agree on the stages' clusters is not "
-            "known."
+            f"{kept} is kept, the last stage: how neighbours agree on the stages' clusters is not known."
         )
     kept, *later = values
     for name in later:

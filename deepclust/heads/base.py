@@ -1,7 +1,8 @@
 """The contract between a clustering method and the trainer.
 
-A `Head` is what one method adds on top of a backbone: layers, how it makes its targets, its loss, its state. It gets
-tensors and gives tensors; it never sees the trainer, the loader, the optimiser, the logger or the configuration.
+A `Head` is what one method adds on top of a backbone: layers, how it makes its targets, its loss,
+its state. It gets tensors and gives tensors; it never sees the trainer, the loader, the optimiser,
+the logger or the configuration.
 
 Axes: B batch, N samples, D feature dim, E embedding dim, K clusters, H sub-heads, V views.
 """
@@ -21,7 +22,8 @@ class View:
     """One augmented version of an image.
 
     augment: name of a view of the `augment` group (`clean`, `weak`, `strong`, `simclr`, ...).
-    source: the image itself, or one of its partners (`Refresh.partners`; itself while there are none).
+    source: the image itself, or one of its partners (`Refresh.partners`; itself while there are
+    none).
     used_for: a view used only for targets gets no gradient and is seen by the teacher alone.
     """
 
@@ -32,7 +34,9 @@ class View:
 
 @dataclass
 class Output:
-    """What a head gives for one view: features z (B, D), embedding (B, E), logits: a list of H tensors (B, K_h)."""
+    """What a head gives for one view: features z (B, D), embedding (B, E), logits: a list of H
+    tensors (B, K_h).
+    """
 
     z: Tensor
     embedding: Tensor | None = None
@@ -59,13 +63,17 @@ def join_outputs(parts: Sequence[Mapping[int, Output]]) -> dict[int, Output]:
         embeddings = [out.embedding for out in outs if out.embedding is not None]
         logits = [torch.cat(each) for each in zip(*(out.logits for out in outs))]
         joined[number] = Output(
-            torch.cat([out.z for out in outs]), torch.cat(embeddings) if embeddings else None, logits
+            torch.cat([out.z for out in outs]),
+            torch.cat(embeddings) if embeddings else None,
+            logits,
         )
     return joined
 
 
 class Targets(dict[str, Tensor]):
-    """Named tensors whose first axis is the macro batch's B, so that rows can be taken: by slice, mask or indices."""
+    """Named tensors whose first axis is the macro batch's B, so that rows can be taken: by slice,
+    mask or indices.
+    """
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice | Tensor):
@@ -93,9 +101,11 @@ class Progress:
 
 @dataclass
 class Batch:
-    """What a head may know of a batch besides its outputs: index (B,) int64 sample indices of view 0, and progress.
+    """What a head may know of a batch besides its outputs: index (B,) int64 sample indices of view
+    0, and progress.
 
-    `group` may be handed on to `deepclust.ops`, never stored. `targets`: the macro batch's, in `after_step` alone.
+    `group` may be handed on to `deepclust.ops`, never stored. `targets`: the macro batch's, in
+    `after_step` alone.
     """
 
     index: Tensor
@@ -111,9 +121,11 @@ class Batch:
 class BankSpec:
     """Which features a head wants of all samples.
 
-    mode: `eval` = running statistics, clean pass; `train` = batch statistics. view: name of an augmentation.
+    mode: `eval` = running statistics, clean pass; `train` = batch statistics. view: name of an
+    augmentation.
     of: backbone features `z` or the head's `embedding`. num_samples: a random subset, None for all.
-    needs_pass: False when the head kept its own rows and only wants to be called with all ranks together.
+    needs_pass: False when the head kept its own rows and only wants to be called with all ranks
+    together.
     """
 
     mode: Literal["eval", "train"] = "eval"
@@ -127,7 +139,8 @@ class BankSpec:
 class Bank:
     """Detached features of the samples; each rank holds a contiguous block.
 
-    features: (n, D) float32, this rank's rows. index: (n,) int64, their sample indices. num_samples: N over all ranks.
+    features: (n, D) float32, this rank's rows. index: (n,) int64, their sample indices.
+    num_samples: N over all ranks.
     final: whether the stage's last step is done, so that what only predictions need can be made.
     """
 
@@ -144,7 +157,8 @@ class Refresh:
 
     partners: (N, k) int64, row i = sample indices that may stand in for sample i.
     order: (M,) int64, the next pass's exact sample order (quotas included).
-    reset: names of re-drawn parameters or buffers: optimiser state is dropped, the teacher takes the new values.
+    reset: names of re-drawn parameters or buffers: optimiser state is dropped, the teacher takes
+    the new values.
     """
 
     partners: Tensor | None = None
@@ -153,7 +167,8 @@ class Refresh:
 
 
 class Head(nn.Module):
-    """Base of every method. Subclasses override what they need; state lives in parameters and buffers alone.
+    """Base of every method. Subclasses override what they need; state lives in parameters and
+    buffers alone.
 
     `dim`, `num_clusters` and `num_samples` are injected where a constructor names them.
     """
@@ -162,7 +177,9 @@ class Head(nn.Module):
     sharded_buffers: tuple[str, ...] = ()
     """Names of buffers that differ by rank; every other buffer is replicated."""
     training_buffers: tuple[str, ...] = ()
-    """Names of buffers that only training needs: never copied to the teacher, never exported with the model."""
+    """Names of buffers that only training needs: never copied to the teacher, never exported with
+    the model.
+    """
     num_heads: int = 1
     """H, the number of sub-heads between which `score` chooses."""
     needs_prototypes: bool = False
@@ -192,19 +209,26 @@ class Head(nn.Module):
         """Targets of a macro batch, without gradient, from the teacher's outputs by view number."""
         return Targets()
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
-        """A dict with `loss` (scalar, mean over the micro batch) and what is worth logging; called in float32.
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
+        """A dict with `loss` (scalar, mean over the micro batch) and what is worth logging; called
+        in float32.
 
-        `cross_entropy` and `entropy` (of the mean assignment; both in nats) are watched for a collapse, among
-        `num_clusters`, or among exp(`ln_k`) where that is logged too.
+        `cross_entropy` and `entropy` (of the mean assignment; both in nats) are watched for a
+        collapse, among `num_clusters`, or among exp(`ln_k`) where that is logged too.
         """
         raise NotImplementedError
 
     def after_step(self, outputs: Mapping[int, Output], batch: Batch) -> None:
-        """Called once per macro batch after the optimiser's step: queues, memories, running statistics."""
+        """Called once per macro batch after the optimiser's step: queues, memories, running
+        statistics.
+        """
 
     def predict(self, z: Tensor) -> Tensor:
-        """(B, D) features to (B, K) probabilities of sub-head `best`. A pretext raises NotImplementedError."""
+        """(B, D) features to (B, K) probabilities of sub-head `best`. A pretext raises
+        NotImplementedError.
+        """
         raise NotImplementedError(f"{type(self).__name__} learns features, it predicts no clusters")
 
     def uncalibrated(self, z: Tensor) -> Tensor:
@@ -217,7 +241,9 @@ class Head(nn.Module):
         return False
 
     def outlying(self, z: Tensor) -> Tensor | None:
-        """(B, D) to (B,) bool: which features are unlike all that have a cluster; None from a head that tells none."""
+        """(B, D) to (B,) bool: which features are unlike all that have a cluster; None from a head
+        that tells none.
+        """
         return None
 
     @property
@@ -226,17 +252,23 @@ class Head(nn.Module):
         return type(self).predict is not Head.predict
 
     def score(self, bank: Bank) -> Tensor:
-        """(H,) label-free score per sub-head on the clean bank, lower is better; the trainer sets `best`."""
+        """(H,) label-free score per sub-head on the clean bank, lower is better; the trainer sets
+        `best`.
+        """
         return torch.zeros(1)
 
     def init_prototypes(self, bank: Bank) -> None:
-        """Called once at a stage's start with a clean bank of z, if `needs_prototypes`: clusters become weights."""
+        """Called once at a stage's start with a clean bank of z, if `needs_prototypes`: clusters
+        become weights.
+        """
 
     def init_from(self, previous: Head) -> None:
         """Takes over what it can from the previous stage's head (a projector, a kept sub-head)."""
 
     def param_groups(self) -> Iterator[tuple[list[nn.Parameter], dict[str, float]]]:
-        """Parameters with settings of their own: `lr_scale`, `momentum`, `weight_decay`; the rest gets the stage's."""
+        """Parameters with settings of their own: `lr_scale`, `momentum`, `weight_decay`; the rest
+        gets the stage's.
+        """
         yield list(self.parameters()), {}
 
     def frozen(self, progress: Progress) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
-"""DeepCluster: k-means of the network's own features, then training on the clusters (Caron et al. 2018).
+"""DeepCluster: k-means of the network's own features, then training on the clusters (Caron et al.
+2018).
 
-Before each pass the features of all images are whitened, brought to unit length and clustered anew; a classifier drawn
-anew learns the clusters, each of which is seen equally often. Cluster numbers mean nothing from one pass to the next.
+Before each pass the features of all images are whitened, brought to unit length and clustered anew;
+a classifier drawn anew learns the clusters, each of which is seen equally often. Cluster numbers
+mean nothing from one pass to the next.
 """
 
 from __future__ import annotations
@@ -13,19 +15,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import Reading, enough_images, watched
+from deepclust.heads.base import (
+    Bank,
+    BankSpec,
+    Batch,
+    Head,
+    Output,
+    Progress,
+    Refresh,
+    Targets,
+    View,
+)
+from deepclust.heads.common.layers import Reading, enough_images, watched
 from deepclust.ops import kmeans, pca_whiten
 from deepclust.ops.agreement import normalized_mutual_information
 from deepclust.ops.collectives import gather_rows
-from deepclust.schema import Count, Decay, NonNegative
+from deepclust.types import Count, Decay, NonNegative
 
 
 def uniform_order(labels: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """(num,) int64 positions in `labels` (n,), every non-empty cluster equally often, in random order.
+    """(num,) int64 positions in `labels` (n,), every non-empty cluster equally often, in random
+    order.
 
-    Quotas differ by at most one. A cluster smaller than its quota repeats its members in turn, so that none of them
-    comes more than once more than another; the paper draws them with replacement. labels and result are on the CPU.
+    Quotas differ by at most one. A cluster smaller than its quota repeats its members in turn, so
+    that none of them comes more than once more than another; the paper draws them with replacement.
+    labels and result are on the CPU.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     members = shuffled[labels[shuffled].argsort(stable=True)]
@@ -42,13 +56,16 @@ def uniform_order(labels: Tensor, num: int, generator: torch.Generator) -> Tenso
 class DeepCluster(Head):
     """A linear classifier of the last k-means clusters, drawn anew with them.
 
-    num_prototypes: clusters to learn, None for num_clusters; the paper has ten times as many as classes.
+    num_prototypes: clusters to learn, None for num_clusters; the paper has ten times as many as
+    classes.
     pca_dim: whitened directions, at most D. every: passes between clusterings.
-    relu: the classifier sees relu(z), as the paper's networks, whose clustered features end before their last ReLU.
+    relu: the classifier sees relu(z), as the paper's networks, whose clustered features end before
+    their last ReLU.
     momentum: of the classifier's SGD.
 
-    Predictions are over num_clusters, of a k-means of the features at the end (`Reading`), as they are: whitening makes
-    noise as loud as signal, which spreads many clusters well and divides few badly.
+    Predictions are over num_clusters, of a k-means of the features at the end (`Reading`), as they
+    are: whitening makes noise as loud as signal, which spreads many clusters well and divides few
+    badly.
     """
 
     training_buffers = ("labels", "draws", "stream", "agreement")
@@ -77,7 +94,12 @@ class DeepCluster(Head):
         self.views = (View(view, used_for="loss"),)
         self.num_clusters, self.num_prototypes = num_clusters, num_prototypes or num_clusters
         self.num_iters, self.every = num_iters, every
-        self.num_restarts, self.relu, self.momentum, self.init_std = num_restarts, relu, momentum, init_std
+        self.num_restarts, self.relu, self.momentum, self.init_std = (
+            num_restarts,
+            relu,
+            momentum,
+            init_std,
+        )
         self.layer = nn.Linear(dim, self.num_prototypes)
         self.reading = Reading(dim, num_clusters)
         self.pca_dim = min(pca_dim, dim)
@@ -91,14 +113,17 @@ class DeepCluster(Head):
         return Output(z, logits=[self.layer(z.relu() if self.relu else z)])
 
     def bank_due(self, progress: Progress) -> BankSpec | None:
-        """Before each pass that begins a new clustering, and at the end. Raises UserError for too few images."""
+        """Before each pass that begins a new clustering, and at the end. Raises UserError for too
+        few images.
+        """
         enough_images("num_prototypes", self.num_prototypes, len(self.labels))
         due = progress.starts_epoch and progress.epoch % self.every == 0
         return BankSpec() if due or progress.final else None
 
     @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
-        """New clusters, a new classifier, and an order in which every non-empty cluster comes equally often.
+        """New clusters, a new classifier, and an order in which every non-empty cluster comes
+        equally often.
 
         At the end only the k-means that predictions are of.
         """
@@ -115,7 +140,9 @@ class DeepCluster(Head):
         self.labels[index] = labels
         self.draws += 1
         generator = torch.Generator().manual_seed(seed)
-        self.layer.weight.copy_(self.init_std * torch.randn(self.layer.weight.shape, generator=generator))
+        self.layer.weight.copy_(
+            self.init_std * torch.randn(self.layer.weight.shape, generator=generator)
+        )
         self.layer.bias.zero_()
         order = index.cpu()[uniform_order(labels.cpu(), bank.num_samples, generator)]
         return Refresh(order=order, reset=("layer.weight", "layer.bias"))
@@ -124,7 +151,9 @@ class DeepCluster(Head):
         """Labels of the last clustering."""
         return Targets(labels=self.labels[batch.index])
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
         """Cross entropy. `nmi`: agreement of the last two clusterings, 0 until there are two."""
         logits = outputs[0].logits[0]
         loss = F.cross_entropy(logits, targets["labels"])

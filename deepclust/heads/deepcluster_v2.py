@@ -1,7 +1,9 @@
-"""DeepCluster-v2: k-means on the last epoch's embeddings gives labels and prototypes (Caron et al. 2020, SwAV).
+"""DeepCluster-v2: k-means on the last epoch's embeddings gives labels and prototypes (Caron et al.
+2020, SwAV).
 
-Where this differs from the authors' code: the memory holds all images on every rank, by index, so that clusters do not
-depend on the number of ranks; the first epoch's labels come from one augmented crop per image, not from two.
+Where this differs from the authors' code: the memory holds all images on every rank, by index, so
+that clusters do not depend on the number of ranks; the first epoch's labels come from one augmented
+crop per image, not from two.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from torch import Tensor
 
 from deepclust.errors import UserError
 from deepclust.heads.base import Bank, BankSpec, Batch, Output, Progress, Refresh, Targets
-from deepclust.heads.prototypes import PrototypeHead
+from deepclust.heads.common.prototypes import PrototypeHead
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows, world_size
-from deepclust.schema import Count
+from deepclust.types import Count
 
 UNSEEN = -100
 
@@ -27,18 +29,23 @@ UNSEEN = -100
 def multicrop_cross_entropy(logits: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Cross entropy of all crops towards one label per image, mean over crops and labelled images.
 
-    logits: (B, K) for each crop. labels: (B,) int64, -100 where there is none. Returns a scalar, 0 without labels.
+    logits: (B, K) for each crop. labels: (B,) int64, -100 where there is none. Returns a scalar, 0
+    without labels.
     """
-    total = torch.stack([F.cross_entropy(each, labels, ignore_index=UNSEEN, reduction="sum") for each in logits]).sum()
+    total = torch.stack(
+        [F.cross_entropy(each, labels, ignore_index=UNSEEN, reduction="sum") for each in logits]
+    ).sum()
     return total / ((labels != UNSEEN).sum() * len(logits)).clamp_min(1)
 
 
 class DeepClusterV2(PrototypeHead):
-    """Cross entropy towards frozen prototypes: the centroids of spherical k-means at each epoch's start.
+    """Cross entropy towards frozen prototypes: the centroids of spherical k-means at each epoch's
+    start.
 
-    The embeddings of the global crops are kept as training makes them, one bank per crop; set h of prototypes is
-    clustered from bank h modulo their number. Only before the first epoch there is a pass, in training mode. An image
-    that training has not seen (it could not be read) has no label and teaches nothing.
+    The embeddings of the global crops are kept as training makes them, one bank per crop; set h of
+    prototypes is clustered from bank h modulo their number. Only before the first epoch there is a
+    pass, in training mode. An image that training has not seen (it could not be read) has no label
+    and teaches nothing.
     num_iters: updates of the centroids; an empty cluster keeps its old one.
     """
 
@@ -60,7 +67,9 @@ class DeepClusterV2(PrototypeHead):
         super().__init__(dim, num_clusters, **inherited)
         self.num_iters = num_iters
         self.prototypes.requires_grad_(False)
-        self.register_buffer("memory", torch.zeros(self.num_global, num_samples, self.embedding_dim))
+        self.register_buffer(
+            "memory", torch.zeros(self.num_global, num_samples, self.embedding_dim)
+        )
         self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
         self.register_buffer("labels", torch.full((self.num_heads, num_samples), UNSEEN))
         self.register_buffer("rounds", torch.zeros((), dtype=torch.int64))
@@ -110,10 +119,17 @@ class DeepClusterV2(PrototypeHead):
         """Labels (B, H) of the last clustering."""
         return Targets(labels=self.labels[:, batch.index].T)
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy over all crops, small ones counting like large ones; mean over the sets of prototypes."""
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Cross entropy over all crops, small ones counting like large ones; mean over the sets of
+        prototypes.
+        """
         logits = [outputs[crop].logits for crop in range(len(self.views))]
-        terms = [multicrop_cross_entropy(each, labels) for each, labels in zip(zip(*logits), targets["labels"].T)]
+        terms = [
+            multicrop_cross_entropy(each, labels)
+            for each, labels in zip(zip(*logits), targets["labels"].T)
+        ]
         return self.figures(torch.stack(terms).mean(), logits)
 
     def after_step(self, outputs: Mapping[int, Output], batch: Batch) -> None:

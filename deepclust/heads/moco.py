@@ -1,11 +1,14 @@
-"""MoCo, a contrastive pretext with a queue of keys (He et al. 2020, "Momentum Contrast"; version 2: Chen et al. 2020).
+"""MoCo, a contrastive pretext with a queue of keys (He et al. 2020, "Momentum Contrast"; version 2:
+Chen et al. 2020).
 
-The momentum encoder is the stage's EMA teacher: `trainer.ema`, or this head's `momentum` where the stage sets none. It
-makes the keys in evaluation mode, with running batch statistics, so that no image of a batch can give another one away
-and nothing has to be shuffled between ranks. Version 2 has neither batch norm in its projector nor symmetry.
+The momentum encoder is the stage's EMA teacher: `trainer.ema`, or this head's `momentum` where the
+stage sets none. It makes the keys in evaluation mode, with running batch statistics, so that no
+image of a batch can give another one away and nothing has to be shuffled between ranks. Version 2
+has neither batch norm in its projector nor symmetry.
 
-Where this differs from the authors' code: the teacher's decay ramps up, it is the smaller of `momentum` and
-(1 + t) / (10 + t) at step t; both queries, being views of one size, share batch statistics where there are two.
+Where this differs from the authors' code: the teacher's decay ramps up, it is the smaller of
+`momentum` and (1 + t) / (10 + t) at step t; both queries, being views of one size, share batch
+statistics where there are two.
 """
 
 from __future__ import annotations
@@ -17,29 +20,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclust.heads.base import Batch, Head, Output, Targets, View
-from deepclust.heads.layers import Projector
+from deepclust.heads.common.layers import Projector
 from deepclust.ops.collectives import gather_rows
-from deepclust.schema import Count, Decay, Positive
+from deepclust.types import Count, Decay, Positive
 
 
 def moco_loss(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float = 0.2) -> Tensor:
-    """Cross entropy of each query's own key among its key and the queue (MoCo, eq. 1), mean over queries.
+    """Cross entropy of each query's own key among its key and the queue (MoCo, eq. 1), mean over
+    queries.
 
-    queries (B, E), normalised here; keys (B, E) and queue (L, E), unit rows. The logits are cosines / temperature.
+    queries (B, E), normalised here; keys (B, E) and queue (L, E), unit rows. The logits are cosines
+    / temperature.
     """
     queries = F.normalize(queries, dim=1)
     positive = (queries * keys).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, queries @ queue.T], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    return F.cross_entropy(
+        logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    )
 
 
 class MoCo(Head):
     """Projector, contrastive loss against a queue of earlier keys. It predicts no clusters.
 
-    queue_size: L, keys kept; the queue begins as random unit vectors, and every rank holds the keys of all ranks.
-    symmetric: both views are queries for each other's key, and both keys enter the queue; False (the paper): the first
-    view is the query, the second the key. separate_queues: if symmetric, each view's keys have a queue of L of their
-    own, which the other view's queries are held against, as in MoCo v2+ of solo-learn.
+    queue_size: L, keys kept; the queue begins as random unit vectors, and every rank holds the keys
+    of all ranks.
+    symmetric: both views are queries for each other's key, and both keys enter the queue; False
+    (the paper): the first view is the query, the second the key. separate_queues: if symmetric,
+    each view's keys have a queue of L of their own, which the other view's queries are held
+    against, as in MoCo v2+ of solo-learn.
     momentum: decay of the teacher where `trainer.ema` sets none.
     """
 
@@ -63,7 +72,9 @@ class MoCo(Head):
     ) -> None:
         super().__init__()
         if separate_queues and not symmetric:
-            raise ValueError("separate_queues=true: needs symmetric=true; without, one view alone gives keys")
+            raise ValueError(
+                "separate_queues=true: needs symmetric=true; without, one view alone gives keys"
+            )
         self.views = (View(view), View(view))
         if not symmetric:
             self.views = (View(view, used_for="loss"), View(view, used_for="targets"))
@@ -81,13 +92,22 @@ class MoCo(Head):
 
     def targets(self, outputs: Mapping[int, Output], batch: Batch) -> Targets:
         """`key0` and `key1` (B, E), the teacher's unit embeddings of each view that is a key."""
-        return Targets({f"key{view}": F.normalize(_embedding(outputs[view]), dim=1) for view in outputs})
+        return Targets(
+            {f"key{view}": F.normalize(_embedding(outputs[view]), dim=1) for view in outputs}
+        )
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
         """`moco_loss` of the first view's queries; if symmetric its mean with that of the second's."""
         pairs = ((0, 1), (1, 0)) if self.symmetric else ((0, 1),)
         terms = [
-            moco_loss(_embedding(outputs[query]), targets[f"key{key}"], self._queue(key), temperature=self.temperature)
+            moco_loss(
+                _embedding(outputs[query]),
+                targets[f"key{key}"],
+                self._queue(key),
+                temperature=self.temperature,
+            )
             for query, key in pairs
         ]
         return {"loss": torch.stack(terms).mean()}

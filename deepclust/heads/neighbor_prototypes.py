@@ -1,7 +1,9 @@
-"""Prototypes that begin as a clustering and learn from neighbours: swapped prediction of balanced codes.
+"""Prototypes that begin as a clustering and learn from neighbours: swapped prediction of balanced
+codes.
 
-SwAV's objective (Caron et al. 2020) with neighbours in place of crops (as SCAN, Van Gansbeke et al. 2020, has them in
-place of augmentations), on prototypes that begin at k-means or spectral clusters. For frozen features, and for a
+SwAV's objective (Caron et al. 2020) with neighbours in place of crops (as SCAN, Van Gansbeke et al.
+2020, has them in place of augmentations), on prototypes that begin at k-means or spectral clusters.
+For frozen features, and for a
 backbone that knows something already: there is no layer before the prototypes.
 """
 
@@ -14,26 +16,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer, drawn_seed, watched
+from deepclust.heads.base import (
+    Bank,
+    BankSpec,
+    Batch,
+    Head,
+    Output,
+    Progress,
+    Refresh,
+    Targets,
+    View,
+)
+from deepclust.heads.common.layers import ClusterLayer, drawn_seed, watched
 from deepclust.heads.swav import swapped_prediction_loss
 from deepclust.ops import sinkhorn
 from deepclust.ops.agreement import neighbor_agreement
 from deepclust.ops.collectives import gather_rows, mean_rows
 from deepclust.ops.neighbors import neighbor_table
-from deepclust.schema import Count, Fraction, Positive
+from deepclust.types import Count, Fraction, Positive
 
 Start = Literal["random", "kmeans", "spectral", "diffusion"]
 
 
 class NeighborPrototypes(Head):
-    """Cosine prototypes; an image's balanced code is predicted from its neighbour, and the neighbour's from the image.
+    """Cosine prototypes; an image's balanced code is predicted from its neighbour, and the
+    neighbour's from the image.
 
-    init: how each sub-head begins; a list is gone through in turn (`ClusterLayer.init_clusters`). Sub-heads differ in
-    their start alone; the one whose clusters neighbours share most is kept.
-    balance: shares of the clusters that codes are brought to, 1: all equal, 0: as the sub-head begins, between: a
-    mixture; a random start has equal shares. epsilon, num_iters: of Sinkhorn's rounds, on cosines, over the macro
-    batch of all ranks; codes are softer for a larger epsilon. num_neighbors: k nearest by cosine, mined once.
+    init: how each sub-head begins; a list is gone through in turn (`ClusterLayer.init_clusters`).
+    Sub-heads differ in their start alone; the one whose clusters neighbours share most is kept.
+    balance: shares of the clusters that codes are brought to, 1: all equal, 0: as the sub-head
+    begins, between: a mixture; a random start has equal shares. epsilon, num_iters: of Sinkhorn's
+    rounds, on cosines, over the macro batch of all ranks; codes are softer for a larger epsilon.
+    num_neighbors: k nearest by cosine, mined once.
     """
 
     training_buffers = ("neighbors", "shares")
@@ -59,12 +73,21 @@ class NeighborPrototypes(Head):
         self.views = (View(view), View(view, source="partner"))
         self.num_heads = num_heads
         self.num_neighbors = min(num_neighbors, num_samples - 1)
-        self.temperature, self.epsilon, self.num_iters, self.balance = temperature, epsilon, num_iters, balance
+        self.temperature, self.epsilon, self.num_iters, self.balance = (
+            temperature,
+            epsilon,
+            num_iters,
+            balance,
+        )
         self.init: list[Start] = [init] if isinstance(init, str) else list(init)
         self.needs_prototypes = set(self.init) != {"random"}
-        self.layer = ClusterLayer(dim, num_clusters, num_heads, kind="cosine", temperature=temperature)
+        self.layer = ClusterLayer(
+            dim, num_clusters, num_heads, kind="cosine", temperature=temperature
+        )
         self.start = drawn_seed()  # of the clusterings it may begin with; the same on all ranks
-        self.register_buffer("neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors))
+        self.register_buffer(
+            "neighbors", torch.arange(num_samples)[:, None].repeat(1, self.num_neighbors)
+        )
         self.register_buffer("shares", torch.full((num_heads, num_clusters), 1 / num_clusters))
 
     def init_prototypes(self, bank: Bank) -> None:
@@ -87,7 +110,9 @@ class NeighborPrototypes(Head):
     def refresh(self, bank: Bank) -> Refresh:
         """Mines neighbours; the image itself is none of its partners."""
         k = self.num_neighbors
-        table = neighbor_table(bank.features, bank.index, bank.num_samples, k=k, group=bank.group)[:, 1:]
+        table = neighbor_table(bank.features, bank.index, bank.num_samples, k=k, group=bank.group)[
+            :, 1:
+        ]
         self.neighbors[:, : table.shape[1]] = table
         return Refresh(partners=self.neighbors if self.num_neighbors else None)
 
@@ -108,11 +133,15 @@ class NeighborPrototypes(Head):
         ]
         return torch.stack(codes, dim=1)
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
         """Swapped prediction, mean over sub-heads."""
         codes = zip(*(targets[f"codes{view}"].unbind(1) for view in (0, 1)))
         pairs = zip(outputs[0].logits, outputs[1].logits)
-        loss = torch.stack([swapped_prediction_loss(code, pair) for code, pair in zip(codes, pairs)]).mean()
+        loss = torch.stack(
+            [swapped_prediction_loss(code, pair) for code, pair in zip(codes, pairs)]
+        ).mean()
         return {"loss": loss, **watched(loss, outputs[0].logits, batch.group)}
 
     def predict(self, z: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """ODC: online deep clustering (Zhan et al. 2020).
 
-Labels move with every step instead of between passes. A memory keeps a feature of each image and another one the
-centroid of each cluster; the images of a step are assigned anew, and clusters that have become too small are dissolved
-and refilled with half of the largest.
+Labels move with every step instead of between passes. A memory keeps a feature of each image and
+another one the centroid of each cluster; the images of a step are assigned anew, and clusters that
+have become too small are dissolved and refilled with half of the largest.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import Reading, enough_images, watched
+from deepclust.heads.base import (
+    Bank,
+    BankSpec,
+    Batch,
+    Head,
+    Output,
+    Progress,
+    Refresh,
+    Targets,
+    View,
+)
+from deepclust.heads.common.layers import Reading, enough_images, watched
 from deepclust.ops import kmeans
 from deepclust.ops.collectives import gather_rows, mean_rows
 from deepclust.ops.kmeans.step import segment_sums
-from deepclust.schema import Count, Decay, Natural
+from deepclust.types import Count, Decay, Natural
 
 
 def cluster_weights(counts: Tensor) -> Tensor:
@@ -28,10 +38,11 @@ def cluster_weights(counts: Tensor) -> Tensor:
 
 
 class Memory(nn.Module):
-    """Unit features of N samples, their labels, and K centroids: the same on every rank, sums having a fixed order.
+    """Unit features of N samples, their labels, and K centroids: the same on every rank, sums
+    having a fixed order.
 
-    A centroid is the plain mean of its members' features, not of unit length: the nearest one is that of the largest
-    dot product, which favours compact clusters, as in the reference.
+    A centroid is the plain mean of its members' features, not of unit length: the nearest one is
+    that of the largest dot product, which favours compact clusters, as in the reference.
     """
 
     features: Tensor
@@ -50,7 +61,9 @@ class Memory(nn.Module):
         return self.labels.bincount(minlength=len(self.centroids))
 
     def update(self, index: Tensor, features: Tensor, momentum: float) -> Tensor:
-        """Moves the features (B, E) of samples `index` (B,) and assigns these anew. Gives the share that changed."""
+        """Moves the features (B, E) of samples `index` (B,) and assigns these anew. Gives the share
+        that changed.
+        """
         moved = momentum * self.features[index] + (1 - momentum) * F.normalize(features, dim=1)
         self.features[index] = F.normalize(moved, dim=1)
         labels = (self.features[index] @ self.centroids.T).argmax(dim=1)
@@ -64,9 +77,11 @@ class Memory(nn.Module):
         self.centroids[counts > 0] = sums[counts > 0] / counts[counts > 0, None]
 
     def mend(self, smallest: int) -> None:
-        """Dissolves clusters of fewer than `smallest` members and refills each with half of the largest at the time.
+        """Dissolves clusters of fewer than `smallest` members and refills each with half of the
+        largest at the time.
 
-        Members go to the nearest centroid that is not so small; halves come from 2-means. N >= 2 K `smallest` samples.
+        Members go to the nearest centroid that is not so small; halves come from 2-means. N >= 2 K
+        `smallest` samples.
         """
         counts = self.counts
         small = (counts < smallest).nonzero()[:, 0]
@@ -74,7 +89,9 @@ class Memory(nn.Module):
         if not len(small) or not len(large):
             return
         members = torch.isin(self.labels, small).nonzero()[:, 0]
-        self.labels[members] = large[(self.features[members] @ self.centroids[large].T).argmax(dim=1)]
+        self.labels[members] = large[
+            (self.features[members] @ self.centroids[large].T).argmax(dim=1)
+        ]
         for cluster in small:
             largest = self.counts.argmax()
             members = (self.labels == largest).nonzero()[:, 0]
@@ -89,15 +106,25 @@ class Memory(nn.Module):
 class ODC(Head):
     """A classifier of labels that follow the network at every step.
 
-    embedding_dim: a neck of two layers before memory and classifier, as in the paper (hidden_dim 512, 256); None for
-    the features themselves. num_prototypes: clusters to learn, None for num_clusters.
-    memory_momentum: share of the old feature that a visit keeps. centroid_every: steps between new centroids.
-    smallest: members below which a cluster is dissolved, at most half of N / K. momentum: of the classifier's SGD.
+    embedding_dim: a neck of two layers before memory and classifier, as in the paper (hidden_dim
+    512, 256); None for the features themselves. num_prototypes: clusters to learn, None for
+    num_clusters.
+    memory_momentum: share of the old feature that a visit keeps. centroid_every: steps between new
+    centroids.
+    smallest: members below which a cluster is dissolved, at most half of N / K. momentum: of the
+    classifier's SGD.
 
     Predictions are over num_clusters, of a k-means of the features at the end (`Reading`).
     """
 
-    training_buffers = ("memory.features", "memory.labels", "memory.centroids", "weights", "changed", "begun")
+    training_buffers = (
+        "memory.features",
+        "memory.labels",
+        "memory.centroids",
+        "weights",
+        "changed",
+        "begun",
+    )
     weights: Tensor
     changed: Tensor
     begun: Tensor
@@ -121,9 +148,17 @@ class ODC(Head):
         super().__init__()
         self.views = (View(view, used_for="loss"),)
         self.num_prototypes = num_prototypes or num_clusters
-        self.memory_momentum, self.centroid_every, self.momentum = memory_momentum, centroid_every, momentum
+        self.memory_momentum, self.centroid_every, self.momentum = (
+            memory_momentum,
+            centroid_every,
+            momentum,
+        )
         self.smallest = min(smallest, num_samples // (2 * self.num_prototypes))
-        self.neck = nn.Identity() if embedding_dim is None else _neck(dim, hidden_dim, embedding_dim, dropout)
+        self.neck = (
+            nn.Identity()
+            if embedding_dim is None
+            else _neck(dim, hidden_dim, embedding_dim, dropout)
+        )
         self.layer = nn.Linear(embedding_dim or dim, self.num_prototypes)
         nn.init.normal_(self.layer.weight, 0, 0.01)
         nn.init.zeros_(self.layer.bias)
@@ -164,22 +199,36 @@ class ODC(Head):
         return Refresh()
 
     def targets(self, outputs: Mapping[int, Output], batch: Batch) -> Targets:
-        """Labels before this step moves them, and weights whose mean over the rows of all ranks is 1."""
+        """Labels before this step moves them, and weights whose mean over the rows of all ranks is
+        1.
+        """
         labels = self.memory.labels[batch.index]
         weights = self.weights[labels]
         return Targets(labels=labels, weights=weights / mean_rows(weights[:, None], batch.group))
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
-        """Weighted cross entropy. `changed`: share of the last step's images that changed their cluster."""
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Weighted cross entropy. `changed`: share of the last step's images that changed their
+        cluster.
+        """
         logits = outputs[0].logits[0]
         each = F.cross_entropy(logits, targets["labels"], reduction="none")
         loss = (each * targets["weights"]).mean()
-        return {"loss": loss, **watched(each.mean(), [logits], batch.group), "changed": self.changed}
+        return {
+            "loss": loss,
+            **watched(each.mean(), [logits], batch.group),
+            "changed": self.changed,
+        }
 
     def after_step(self, outputs: Mapping[int, Output], batch: Batch) -> None:
-        """Moves memory and labels, centroids every few steps, mends small clusters, weighs clusters by their size."""
+        """Moves memory and labels, centroids every few steps, mends small clusters, weighs clusters
+        by their size.
+        """
         assert outputs[0].embedding is not None
-        index, features = (gather_rows(part, batch.group)[0] for part in (batch.index, outputs[0].embedding))
+        index, features = (
+            gather_rows(part, batch.group)[0] for part in (batch.index, outputs[0].embedding)
+        )
         self.changed.copy_(self.memory.update(index, features, self.memory_momentum))
         if (batch.progress.step + 1) % self.centroid_every == 0:
             self.memory.recenter()
@@ -196,5 +245,11 @@ class ODC(Head):
 
 
 def _neck(dim: int, hidden_dim: int, embedding_dim: int, dropout: float) -> nn.Sequential:
-    first = [nn.Linear(dim, hidden_dim), nn.BatchNorm1d(hidden_dim, momentum=0.001, affine=False), nn.ReLU()]
-    return nn.Sequential(*first, nn.Dropout(dropout), nn.Linear(hidden_dim, embedding_dim), nn.ReLU())
+    first = [
+        nn.Linear(dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim, momentum=0.001, affine=False),
+        nn.ReLU(),
+    ]
+    return nn.Sequential(
+        *first, nn.Dropout(dropout), nn.Linear(hidden_dim, embedding_dim), nn.ReLU()
+    )

@@ -1,8 +1,9 @@
-"""SeLa: self-labelling by optimal transport (Asano et al. 2020, "Self-labelling via simultaneous clustering and
-representation learning").
+"""SeLa: self-labelling by optimal transport (Asano et al. 2020, "Self-labelling via simultaneous
+clustering and representation learning").
 
-At marks counted in images seen, all images get new labels: the most likely ones under the constraint that every cluster
-is used equally often. In between the network learns the labels as if they were true.
+At marks counted in images seen, all images get new labels: the most likely ones under the
+constraint that every cluster is used equally often. In between the network learns the labels as if
+they were true.
 """
 
 from __future__ import annotations
@@ -14,22 +15,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclust.heads.base import Bank, BankSpec, Batch, Head, Output, Progress, Refresh, Targets, View
-from deepclust.heads.layers import ClusterLayer, Reading, enough_images, watched
+from deepclust.heads.base import (
+    Bank,
+    BankSpec,
+    Batch,
+    Head,
+    Output,
+    Progress,
+    Refresh,
+    Targets,
+    View,
+)
+from deepclust.heads.common.layers import ClusterLayer, Reading, enough_images, watched
 from deepclust.ops import self_label
 from deepclust.ops.collectives import gather_rows
 from deepclust.ops.transport import SelfLabelResult
-from deepclust.schema import Count, Decay, Positive
+from deepclust.types import Count, Decay, Positive
 
 CHUNK_BYTES = 8_388_608  # of float64 log-probabilities made at a time
 KEEP_BYTES = 268_435_456  # up to here a rank keeps all of its N x K while it solves; above, each round makes them anew
 
 
-def solve_mark(number: int, num_solves: int, num_images: int, num_samples: int, schedule: str) -> float:
+def solve_mark(
+    number: int, num_solves: int, num_images: int, num_samples: int, schedule: str
+) -> float:
     """Images seen at which labelling `number` (from 0) of `num_solves` is due.
 
-    (num_images + 1.01 N) (i / (n - 1))^2, dense at the start, or the same without the square; the first is due before
-    the first step, and the last lies behind the end. num_images: of the whole stage.
+    (num_images + 1.01 N) (i / (n - 1))^2, dense at the start, or the same without the square; the
+    first is due before the first step, and the last lies behind the end. num_images: of the whole
+    stage.
     """
     share = number / max(1, num_solves - 1)
     return (num_images + 1.01 * num_samples) * (share**2 if schedule == "quadratic" else share)
@@ -38,13 +52,16 @@ def solve_mark(number: int, num_solves: int, num_images: int, num_samples: int, 
 class SeLa(Head):
     """H linear sub-heads on the shared features, each with labels of its own.
 
-    num_solves: labellings in the stage. schedule: see `solve_mark`. If several marks have passed, one labelling is made
-    before each of the next steps, as in the reference. solve: `all` sub-heads each time, or `one`, the next in turn
-    (the reference's code for CIFAR takes the one of number epoch mod H).
-    power: lambda; larger = nearer to the most likely labels. tol and stop: of the solver, see `self_label`.
+    num_solves: labellings in the stage. schedule: see `solve_mark`. If several marks have passed,
+    one labelling is made before each of the next steps, as in the reference. solve: `all` sub-heads
+    each time, or `one`, the next in turn (the reference's code for CIFAR takes the one of number
+    epoch mod H).
+    power: lambda; larger = nearer to the most likely labels. tol and stop: of the solver, see
+    `self_label`.
     momentum: of the sub-heads' SGD, None for the stage's.
-    num_prototypes: clusters that each sub-head learns, None for num_clusters, when predictions are those of the best
-    sub-head. With any other number they are of a k-means of the features at the end (`Reading`).
+    num_prototypes: clusters that each sub-head learns, None for num_clusters, when predictions are
+    those of the best sub-head. With any other number they are of a k-means of the features at the
+    end (`Reading`).
     """
 
     training_buffers = ("labels", "solved")
@@ -86,7 +103,8 @@ class SeLa(Head):
         return Output(z, logits=self.layer(z))
 
     def bank_due(self, progress: Progress) -> BankSpec | None:
-        """At the next mark, inside a pass or between two: features as training sees them, of a fresh view.
+        """At the next mark, inside a pass or between two: features as training sees them, of a
+        fresh view.
 
         Raises UserError for too few images.
         """
@@ -97,7 +115,11 @@ class SeLa(Head):
         if number >= self.num_solves:
             return None
         mark = solve_mark(number, self.num_solves, progress.num_images, num_samples, self.schedule)
-        return BankSpec(mode="train", view=self.views[0].augment) if progress.images_seen >= mark else None
+        return (
+            BankSpec(mode="train", view=self.views[0].augment)
+            if progress.images_seen >= mark
+            else None
+        )
 
     @torch.no_grad()
     def refresh(self, bank: Bank) -> Refresh:
@@ -113,7 +135,9 @@ class SeLa(Head):
         return Refresh()
 
     def log_probs(self, z: Tensor, head: int) -> Iterator[Tensor]:
-        """(rows, K) float64 log-probabilities of features (n, D), chunk by chunk, made when they are asked for."""
+        """(rows, K) float64 log-probabilities of features (n, D), chunk by chunk, made when they
+        are asked for.
+        """
         for rows in z.split(max(1, CHUNK_BYTES // (8 * self.num_prototypes))):
             yield self.layer.one(rows, head).double().log_softmax(dim=1)
 
@@ -129,7 +153,9 @@ class SeLa(Head):
         """Labels (B, H) of the last labelling."""
         return Targets(labels=self.labels[:, batch.index].T)
 
-    def loss(self, outputs: Mapping[int, Output], targets: Targets, batch: Batch) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
+    ) -> dict[str, Tensor]:
         """Mean cross entropy over sub-heads."""
         pairs = list(zip(outputs[0].logits, targets["labels"].unbind(1)))
         loss = torch.stack([F.cross_entropy(logits, labels) for logits, labels in pairs]).mean()
@@ -137,7 +163,11 @@ class SeLa(Head):
 
     def predict(self, z: Tensor) -> Tensor:
         """(B, D) to (B, K) probabilities."""
-        return self.layer.one(z, int(self.best)).softmax(dim=1) if self.reading is None else self.reading(z)
+        return (
+            self.layer.one(z, int(self.best)).softmax(dim=1)
+            if self.reading is None
+            else self.reading(z)
+        )
 
     @torch.no_grad()
     def score(self, bank: Bank) -> Tensor:

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from deepclust.loggers import Level, display
+from deepclust.loggers.base import Level, display
 
 # Seldom enough for a log of hours, often enough to see that a job is alive.
 SECONDS_BETWEEN_LINES = 10.0

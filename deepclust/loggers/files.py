@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepclust.loggers import Level, display
-from deepclust.run_folder import FolderError, explain, inside, write_atomic
+from deepclust.loggers.base import Level, display
+from deepclust.runtime.files import FolderError, explain, inside, write_atomic
 
 
 class FileLogger:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepclust.loggers import Level
-from deepclust.run_folder import inside
+from deepclust.loggers.base import Level
+from deepclust.runtime.files import inside
 
 
 class TensorBoardLogger:
@@ -36,8 +36,7 @@ class TensorBoardLogger:
             module: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError:
             self._warn(
-                "TensorBoard is not installed (pip install tensorboard); "
-                "the run is logged to files only."
+                "TensorBoard is not installed (pip install tensorboard); the run is logged to files only."
             )
             return
         self._writer = module.SummaryWriter(str(self._folder), purge_step=self._purge)

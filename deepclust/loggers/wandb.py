@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepclust.loggers import Level
-from deepclust.run_folder import inside
+from deepclust.loggers.base import Level
+from deepclust.runtime.files import inside
 
 # wandb's own limits are longer: training waits for its start, and a finished run, with its GPU, for
 # what is still to be sent.
@@ -75,8 +75,7 @@ class WandbLogger:
                     raise
                 cause = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self._warn(
-                    f"W&B cannot be reached ({cause}); logging offline, "
-                    "to be sent later by `wandb sync`."
+                    f"W&B cannot be reached ({cause}); logging offline, to be sent later by `wandb sync`."
                 )
                 self._mode = "offline"
                 wandb.teardown()  # the failed start still holds the id

@@ -1,10 +1,11 @@
 """Sums and concatenations over the ranks of a process group, with exact gradients.
 
-Convention of the house: each rank's loss is weighted by its share of the rows before `backward`, and gradients are
-summed over ranks. The adjoint of a sum is then a sum, and two ranks give the gradient of one.
+Convention of the house: each rank's loss is weighted by its share of the rows before `backward`,
+and gradients are summed over ranks. The adjoint of a sum is then a sum, and two ranks give the
+gradient of one.
 
-All tensors that go from rank to rank go through here: NCCL takes contiguous ones alone (gloo takes any), and results of
-`eigh`, transposes and channels-last gradients are none.
+All tensors that go from rank to rank go through here: NCCL takes contiguous ones alone (gloo takes
+any), and results of `eigh`, transposes and channels-last gradients are none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def world_size(group: Any = None) -> int:
 
 
 def all_sum(x: Tensor, group: Any = None) -> Tensor:
-    """x itself, now the elementwise sum over ranks; x may have any layout, and keeps it. Not differentiable."""
+    """x itself, now the elementwise sum over ranks; x may have any layout, and keeps it. Not
+    differentiable.
+    """
     return _reduced(x, dist.ReduceOp.SUM, group)
 
 
@@ -41,7 +44,9 @@ def _reduced(x: Tensor, operation: Any, group: Any) -> Tensor:
 
 
 def broadcast(x: Tensor, source: int, group: Any = None) -> Tensor:
-    """x itself, now the values of x on rank `source` of the group; x may have any layout, and keeps it."""
+    """x itself, now the values of x on rank `source` of the group; x may have any layout, and keeps
+    it.
+    """
     if group is not None:
         sent = x.contiguous()
         dist.broadcast(sent, src=dist.get_global_rank(group, source), group=group)
@@ -54,7 +59,9 @@ def gather_equal(x: Tensor, group: Any = None) -> list[Tensor]:
     """x of every rank, in rank order; its shape is the same on all of them. Not differentiable."""
     if group is None:
         return [x]
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size(group))]
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size(group))
+    ]
     dist.all_gather(parts, x.contiguous(), group=group)
     return parts
 

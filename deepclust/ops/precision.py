@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,16 +36,22 @@ def exact(function: Function) -> Function:
 WHOLE = 2**24
 """Up to here float32 tells all whole numbers apart; float64 does up to 2^53."""
 TOLD = 0.01
-"""What rounding may do to rows, as a share of how far they lie apart, before they count as not told apart."""
+"""What rounding may do to rows, as a share of how far they lie apart, before they count as not told
+apart.
+"""
 
 
 def plain(x: Tensor) -> Tensor:
-    """float64 for float64 and for whole numbers beyond 2^24, such as times and ids; everything else as float32."""
+    """float64 for float64 and for whole numbers beyond 2^24, such as times and ids; everything else
+    as float32.
+    """
     return x.to(computed_in(x))
 
 
 def computed_in(x: Tensor | np.ndarray) -> torch.dtype:
-    """The dtype that real numbers are computed in, see `plain`; float32 on devices that have no float64."""
+    """The dtype that real numbers are computed in, see `plain`; float32 on devices that have no
+    float64.
+    """
     if isinstance(x, Tensor):
         double = x.dtype == torch.float64
         if x.device.type == "mps":
@@ -55,7 +62,9 @@ def computed_in(x: Tensor | np.ndarray) -> torch.dtype:
 
 
 def largest_whole(x: Tensor | np.ndarray) -> int:
-    """The largest absolute value of whole numbers of four bytes or more; 0 of all others, which float32 holds."""
+    """The largest absolute value of whole numbers of four bytes or more; 0 of all others, which
+    float32 holds.
+    """
     if isinstance(x, Tensor):
         if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype.itemsize < 4 or not x.numel():
             return 0
@@ -68,15 +77,18 @@ def largest_whole(x: Tensor | np.ndarray) -> int:
 
 
 def as_rows(values: np.ndarray) -> np.ndarray:
-    """Rows (N, D) as float32; as float64 where float32 could not tell them apart: times, counts, far from zero."""
+    """Rows (N, D) as float32; as float64 where float32 could not tell them apart: times, counts,
+    far from zero.
+    """
     return values.astype(np.float64 if lost_by_float32(values) > TOLD else np.float32)
 
 
 def lost_by_float32(values: np.ndarray) -> float:
-    """What rounding rows (N, D) to float32 does to them, as a share of how far they lie from their mean, both in all.
+    """What rounding rows (N, D) to float32 does to them, as a share of how far they lie from their
+    mean, both in all.
 
-    0 where there is nothing to tell: rows that are all alike or not finite, dtypes that float32 holds. Infinite where
-    float32 overflows.
+    0 where there is nothing to tell: rows that are all alike or not finite, dtypes that float32
+    holds. Infinite where float32 overflows.
     """
     if computed_in(values) == torch.float32 or values.ndim != 2 or not len(values):
         return 0.0
@@ -111,10 +123,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def cuda_has_fast_bfloat16(device: torch.device) -> bool:
-    """NVIDIA from compute capability 8.0 (A100, RTX 30) on; AMD as listed, where capabilities mean something else.
+    """NVIDIA from compute capability 8.0 (A100, RTX 30) on; AMD as listed, where capabilities mean
+    something else.
 
-    torch.cuda.is_bf16_supported() is no answer: it is true for T4, V100 and RTX 20 and for all of AMD's, which may
-    emulate.
+    torch.cuda.is_bf16_supported() is no answer: it is true for T4, V100 and RTX 20 and for all of
+    AMD's, which may emulate.
     """
     if torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -134,3 +147,21 @@ def cpu_has_fast_bfloat16() -> bool:
     # Intel's AVX512-BF16 without AMX has the instructions but was measured no faster than float32.
     amd = {"avx512_bf16", "AuthenticAMD"} <= words
     return "amx_bf16" in words or "bf16" in words or amd
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for plain float32.
+
+    `auto` takes what is fast on the device: bfloat16, else float16 on a GPU (its losses are then
+    scaled) and float32 on a processor.
+    """
+    if precision == "auto":
+        if has_fast_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else None
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to dtype, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

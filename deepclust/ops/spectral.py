@@ -33,10 +33,11 @@ def spectral_clusters(
 ) -> Tensor:
     """Clusters of rows that are connected by a k-nearest-neighbour graph.
 
-    features: (n, D), this rank's rows, compared by cosine. The embedding has `extra_components` more eigenvectors than
-    clusters (the paper takes none more): they keep clusters apart that a few outlying groups would otherwise push out
-    of the leading K. shared: edges weigh as `neighbor_graph` says. Returns labels (n,) int64. All rows of all ranks are
-    gathered; rank 0 decides.
+    features: (n, D), this rank's rows, compared by cosine. The embedding has `extra_components`
+    more eigenvectors than clusters (the paper takes none more): they keep clusters apart that a few
+    outlying groups would otherwise push out of the leading K. shared: edges weigh as
+    `neighbor_graph` says. Returns labels (n,) int64. All rows of all ranks are gathered; rank 0
+    decides.
     """
 
     def labels_of(rows: Tensor) -> Tensor:
@@ -60,21 +61,26 @@ def on_first_rank(labels_of: Callable[[Tensor], Tensor], rows: Tensor, group: An
 def spectral_embedding(
     features: Tensor, num_components: int, *, num_neighbors: int = 20, shared: bool = False
 ) -> Tensor:
-    """(N, m) unit rows: leading eigenvectors of the normalised adjacency D^-1/2 W D^-1/2 of the symmetrised graph.
+    """(N, m) unit rows: leading eigenvectors of the normalised adjacency D^-1/2 W D^-1/2 of the
+    symmetrised graph.
 
     features: (N, D) unit rows. W is the `neighbor_graph`. m is cut to N - 2.
     """
-    _, vectors = spectral_components(features, num_components, num_neighbors=num_neighbors, shared=shared)
+    _, vectors = spectral_components(
+        features, num_components, num_neighbors=num_neighbors, shared=shared
+    )
     return F.normalize(vectors, dim=1).float().to(features.device)
 
 
 def spectral_components(
     features: Tensor, num_components: int, *, num_neighbors: int = 20, shared: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (m,), largest first, and eigenvectors (N, m), in columns of length one; float64 on the processor.
+    """Eigenvalues (m,), largest first, and eigenvectors (N, m), in columns of length one; float64
+    on the processor.
 
-    They are those of `spectral_embedding`. The first columns are those of any smaller number of components: one
-    decomposition serves all numbers of clusters. shared: edges weigh as `neighbor_graph` says.
+    They are those of `spectral_embedding`. The first columns are those of any smaller number of
+    components: one decomposition serves all numbers of clusters. shared: edges weigh as
+    `neighbor_graph` says.
     """
     k = min(num_neighbors, len(features) - 1)
     _, neighbors = knn(features, features, k=k, exclude_self=True)
@@ -84,8 +90,9 @@ def spectral_components(
 def neighbor_graph(neighbors: np.ndarray, *, shared: bool = False) -> Any:
     """Sparse symmetric (N, N) adjacency from the indices (N, k) of each row's nearest others.
 
-    All rows have a self-loop of weight 1. An edge weighs 1 where both are neighbours of each other, else 0.5; or where
-    `shared`, the share of the neighbours of either that are neighbours of both, everyone its own first (Jaccard's
+    All rows have a self-loop of weight 1. An edge weighs 1 where both are neighbours of each other,
+    else 0.5; or where `shared`, the share of the neighbours of either that are neighbours of both,
+    everyone its own first (Jaccard's
     index, as PhenoGraph has it: Levine et al. 2015): bridges between groups weigh little.
     """
     import scipy.sparse as sparse
@@ -98,7 +105,9 @@ def neighbor_graph(neighbors: np.ndarray, *, shared: bool = False) -> Any:
         return 0.5 * (graph + graph.T)
     linked, turned, parts = graph.maximum(graph.T).tocsr(), graph.T.tocsr(), []
     for start in range(0, num, CHUNK):
-        common = (graph[start : start + CHUNK] @ turned).multiply(linked[start : start + CHUNK]).tocsr()
+        common = (
+            (graph[start : start + CHUNK] @ turned).multiply(linked[start : start + CHUNK]).tocsr()
+        )
         common.data /= 2 * (k + 1) - common.data
         parts.append(common)
     return sparse.vstack(parts, format="csr")
@@ -115,11 +124,14 @@ def graph_components(graph: Any, num_components: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(np.ascontiguousarray(vectors))
 
 
-def _leading(matrix: Any, degrees: np.ndarray, num_components: int) -> tuple[np.ndarray, np.ndarray]:
+def _leading(
+    matrix: Any, degrees: np.ndarray, num_components: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Leading eigenvalues and vectors of a normalised adjacency (N, N), sparse.
 
-    Of a graph in pieces the eigenvalue 1 comes once for each, of which a Krylov space from one start may miss some. So
-    pieces, largest first, give their known vectors, and the others are sought with those out of the way, at -1.
+    Of a graph in pieces the eigenvalue 1 comes once for each, of which a Krylov space from one
+    start may miss some. So pieces, largest first, give their known vectors, and the others are
+    sought with those out of the way, at -1.
     """
     from scipy.sparse.csgraph import connected_components
     from scipy.sparse.linalg import aslinearoperator

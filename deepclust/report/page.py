@@ -19,7 +19,7 @@ from deepclust.report.scores import (
     is_long_tailed,
     results_html,
 )
-from deepclust.run_folder import write_atomic
+from deepclust.runtime.files import write_atomic
 
 SKIPPED_SHOWN = 200
 """Lines of images left out that are shown; a broken folder may have many thousands."""
@@ -185,10 +185,7 @@ def _default_commands(folder: Path) -> list[tuple[str, str]]:
     """How to load the model of a run folder."""
     # forward slashes: a backslash in a string of Python would begin an escape
     model = (folder / "model.safetensors").as_posix()
-    code = (
-        f'from deepclust import Clusterer\n\nmodel = Clusterer.load("{model}")\n'
-        "clusters = model.predict(images)"
-    )
+    code = f'from deepclust import Clusterer\n\nmodel = Clusterer.load("{model}")\nclusters = model.predict(images)'
     return [("Cluster new images", code)]
 
 

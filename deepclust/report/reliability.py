@@ -12,7 +12,7 @@ VARIANTS = {
     "temperature": "temperature scaling",
     "constant": "constant confidence",
 }
-"""Ways to give confidences to the same clusters; see `deepclust.trust`."""
+"""Ways to give confidences to the same clusters; see `deepclust.eval.confidence`."""
 SCORES = {
     "ece": "ECE",
     "adaptive_ece": "adaptive",
@@ -111,10 +111,7 @@ def _strip_bar(part: Mapping[str, float], largest: float) -> str:
     """A bin's number of images relative to the largest."""
     left, width = _extent(part)
     height = STRIP * part["count"] / largest
-    return (
-        f'<rect class="share" x="{left:.1f}" y="{STRIP - height:.1f}" '
-        f'width="{width:.1f}" height="{height:.1f}"/>'
-    )
+    return f'<rect class="share" x="{left:.1f}" y="{STRIP - height:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
 
 
 def _extent(part: Mapping[str, float]) -> tuple[float, float]:
@@ -139,18 +136,9 @@ def _table(calibration: Mapping[str, Any]) -> str:
         title = f'<th scope="row" role="rowheader">{escape(name)}</th>'
         body += f'<tr role="row">{title}{row}</tr>'
     # roles, because narrow screens show the table as a list, which would end its being a table
-    head = (
-        '<thead role="rowgroup"><tr role="row">'
-        f'<th scope="col" role="columnheader">Confidences</th>{heads}</tr>'
-    )
-    remark = (
-        "ECE, adaptive ECE, AUROC and AURC "
-        "(area under the risk-coverage curve; lower is better) in %."
-    )
-    table = (
-        f'<table role="table" class="scores">{head}</thead>'
-        f'<tbody role="rowgroup">{body}</tbody></table>'
-    )
+    head = f'<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Confidences</th>{heads}</tr>'
+    remark = "ECE, adaptive ECE, AUROC and AURC (area under the risk-coverage curve; lower is better) in %."
+    table = f'<table role="table" class="scores">{head}</thead><tbody role="rowgroup">{body}</tbody></table>'
     return f"{table}<p><small>{remark}</small></p>"
 
 
@@ -191,7 +179,4 @@ def trust_words(calibration: Mapping[str, Any]) -> str:
         if predicted is not None:
             text += f" (it is {100 * predicted[truth]:.1f} %)"
         parts.append(text)
-    return (
-        "Estimated without labels, from agreement with independent clusterings: "
-        f"{', '.join(parts)}."
-    )
+    return f"Estimated without labels, from agreement with independent clusterings: {', '.join(parts)}."

@@ -43,10 +43,8 @@ LABELS = {**SHARES, "clusters_used": "Clusters in use", "seconds": "Time"}
 SCORES = ("acc", "nmi", "ari")
 LABEL_FREE = ("neighbor_agreement", "mean_confidence")
 REMARKS = {
-    "neighbor_agreement": "Agreement: neighbours in the first stage's features that share a "
-    "cluster, above chance.",
-    "acc": "Labels were read for such scores alone: they took no part in training or in any "
-    "choice.",
+    "neighbor_agreement": "Agreement: neighbours in the first stage's features that share a cluster, above chance.",
+    "acc": "Labels were read for such scores alone: they took no part in training or in any choice.",
     "tail_acc": "Macro: means over classes. Head, medium, tail: mean recall of the 30 % most "
     "frequent classes of the training set, the next 40 % and the 30 % rarest.",
 }
@@ -156,10 +154,7 @@ def _table(columns: Sequence[str], body: str) -> str:
     heads = "".join(
         f'<th scope="col" role="columnheader">{escape(figure_label(key))}</th>' for key in columns
     )
-    head = (
-        '<thead role="rowgroup"><tr role="row">'
-        f'<th scope="col" role="columnheader">Method</th>{heads}</tr></thead>'
-    )
+    head = f'<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Method</th>{heads}</tr></thead>'
     return f'<table role="table" class="scores">{head}{body}</table>'
 
 
@@ -180,10 +175,7 @@ def _group(title: str, rows: Sequence[Row], columns: Sequence[str], mark: str = 
     head = ""
     if title:
         # more columns than any table has: the title spans the whole row
-        head = (
-            '<tr role="row" class="group">'
-            f'<th colspan="99" scope="rowgroup" role="rowheader">{title}</th></tr>'
-        )
+        head = f'<tr role="row" class="group"><th colspan="99" scope="rowgroup" role="rowheader">{title}</th></tr>'
     body = "".join(_row(row, columns, mark) for row in rows)
     return f'<tbody role="rowgroup">{head}{body}</tbody>'
 

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.datasets import make_blobs
 
 from benchmarks.quality import clusterers
-from deepclust.eval.choice import CRITERIA
+from deepclust.clustering.choice import CRITERIA
 
 X, Y = make_blobs(60, 8, centers=3, cluster_std=0.5, random_state=0)
 

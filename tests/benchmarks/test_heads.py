@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import heads
-from deepclust.config import load, options
+from deepclust.config.compose import options
+from deepclust.config.load import load
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import score_folder
-from deepclust.folder.derived import Derived
-from deepclust.folder.state import relabelled
-from deepclust.folder.votes import FILE, Landmarks
+from deepclust.collection.derived import Derived
+from deepclust.collection.history import relabelled
+from deepclust.collection.landmarks import FILE, Landmarks
 from tests.folder.toys import toy_run
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-from deepclust.config import RunConfig
+from deepclust.config.run_config import RunConfig
 
 
 @pytest.fixture
 def trained(monkeypatch) -> Callable[[Callable[[RunConfig], int]], list[RunConfig]]:
-    """Puts a stand-in for `deepclust.recipe.train`; the list collects what it was called with."""
+    """Puts a stand-in for `deepclust.training.recipe.train`; the list collects what it was called
+    with.
+    """
 
     def use(train: Callable[[RunConfig], int]) -> list[RunConfig]:
         calls: list[RunConfig] = []
@@ -22,7 +24,9 @@ def trained(monkeypatch) -> Callable[[Callable[[RunConfig], int]], list[RunConfi
             calls.append(config)
             return train(config)
 
-        monkeypatch.setitem(sys.modules, "deepclust.recipe", types.SimpleNamespace(train=record))
+        monkeypatch.setitem(
+            sys.modules, "deepclust.training.recipe", types.SimpleNamespace(train=record)
+        )
         return calls
 
     return use

@@ -13,7 +13,7 @@ import pytest
 from deepclust.cli import commands
 from deepclust.cli.main import main
 from deepclust.cli.parser import BAD_INPUT, FAILED, INTERRUPTED, OK
-from deepclust.config import RunConfig
+from deepclust.config.run_config import RunConfig
 from deepclust.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -102,10 +102,19 @@ def test_only_the_first_rank_speaks(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [{"WORLD_SIZE": None}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": None}, {"MASTER_PORT": None}, {"RANK": "7"}]
+    "change",
+    [
+        {"WORLD_SIZE": None},
+        {"WORLD_SIZE": "1"},
+        {"MASTER_ADDR": None},
+        {"MASTER_PORT": None},
+        {"RANK": "7"},
+    ],
 )
 @pytest.mark.parametrize("command", ["train", "predict"])
-def test_a_rank_without_a_group_hides_nothing(monkeypatch, capsys, tmp_path, trained, change, command):
+def test_a_rank_without_a_group_hides_nothing(
+    monkeypatch, capsys, tmp_path, trained, change, command
+):
     for name, value in {**GROUP, **change}.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     if command == "predict":
@@ -219,7 +228,7 @@ def test_doctor_checks_the_kernels_in_the_interpreter(tmp_path):
 def test_checkpoints_are_verified_and_digested(tmp_path, capsys):
     import torch
 
-    from deepclust.checkpoint import save
+    from deepclust.runtime.checkpoint import save
 
     path = save(
         tmp_path,
@@ -245,7 +254,7 @@ def test_predict_is_handed_on(tmp_path, monkeypatch):
     stand_in = types.SimpleNamespace(
         predict=lambda asked: calls.append(asked) or next(codes), Asked=dict
     )
-    monkeypatch.setitem(sys.modules, "deepclust.predict", stand_in)
+    monkeypatch.setitem(sys.modules, "deepclust.predict.command", stand_in)
     words = ["predict", str(tmp_path), str(tmp_path), "-o", "out.csv"]
     assert main(words) == OK and main([*words, "--trust", "mine", "--batch-size", "7"]) == BAD_INPUT
     usual = {
@@ -292,6 +301,6 @@ def test_a_fault_of_any_command_is_one_line_with_the_way_to_its_traceback(monkey
 
 def test_the_help_of_cluster_names_the_clusterers():
     from deepclust.cli.options import CLUSTERERS
-    from deepclust.clusterers import METHODS
+    from deepclust.clustering.methods import METHODS
 
     assert set(CLUSTERERS) == set(METHODS) - {"umap_hdbscan"}

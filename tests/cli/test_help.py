@@ -12,8 +12,9 @@ from deepclust.cli.help import GROUPS, HELP, help_text
 from deepclust.cli.listing import UNLISTED, headings
 from deepclust.cli.main import main
 from deepclust.cli.parser import OK
-from deepclust.compose import groups, options
-from deepclust.config import RunConfig, load
+from deepclust.config.compose import groups, options
+from deepclust.config.load import load
+from deepclust.config.run_config import RunConfig
 
 LINES = 60
 COLUMNS = 100

@@ -1,4 +1,6 @@
-"""Lists of paths and arrays: every layout gives the same images, and what is wrong is said in words."""
+"""Lists of paths and arrays: every layout gives the same images, and what is wrong is said in
+words.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,16 @@ def test_lists_of_paths(file: str, text: str, labelled: bool, make_folder: MakeF
     assert (names(data.train) == ["x", "y"]) if labelled else (data.train.classes is None)
 
 
-def test_lists_may_hold_absolute_paths_and_bad_lists_are_refused(make_folder: MakeFolder, tmp_path: Path) -> None:
+def test_lists_may_hold_absolute_paths_and_bad_lists_are_refused(
+    make_folder: MakeFolder, tmp_path: Path
+) -> None:
     root = make_folder(["a.png", "b.png"])
     file = tmp_path / "list.csv"
     file.write_text(f"{root}/b.png\n{root}/a.png\n")
-    assert datasets.image_list(str(file), size=8).train.paths == [f"{root}/b.png", f"{root}/a.png"], "the list's order"
+    assert datasets.image_list(str(file), size=8).train.paths == [
+        f"{root}/b.png",
+        f"{root}/a.png",
+    ], "the list's order"
     file.write_text("photos/a.png,x\nphotos/b.png\n")
     with pytest.raises(UserError, match=r"entry 2 \(photos/b.png\) has no label"):
         datasets.image_list(str(file))
@@ -76,9 +83,17 @@ def test_arrays_of_every_layout_are_the_same_images() -> None:
     ]
     for images in same:
         train = datasets.from_arrays(images).train
-        assert train.images is not None and torch.equal(train.images, expected) and train.size == (5, 6)
+        assert (
+            train.images is not None
+            and torch.equal(train.images, expected)
+            and train.size == (5, 6)
+        )
     grey = datasets.from_arrays(pixels[..., 0] > 99).train
-    assert grey.channels == 1 and grey.images is not None and set(grey.images.unique().tolist()) == {0, 255}
+    assert (
+        grey.channels == 1
+        and grey.images is not None
+        and set(grey.images.unique().tolist()) == {0, 255}
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,25 +130,43 @@ def test_one_image_is_one_image_and_what_could_be_either_is_refused() -> None:
         assert torch.equal(as_images(pixels / 255.0, 1, channels), whole)
         assert as_images(pixels[..., :1], 1, channels).shape == (1, 1, 40, 30)
         assert as_images(pixels[..., :1].transpose(2, 0, 1), 1, channels).shape == (1, 1, 40, 30)
-        assert as_images(np.zeros((7, 30, 3, 1)), 1, channels).shape == (7, 1, 30, 3), "grey images 3 wide"
+        assert as_images(np.zeros((7, 30, 3, 1)), 1, channels).shape == (7, 1, 30, 3), (
+            "grey images 3 wide"
+        )
         with pytest.raises(UserError, match=r"one grey image is images\[None\]"):
             as_images(pixels[..., 0], 1, channels)
     first = pixels.transpose(2, 0, 1)
     assert as_images(first, 1, 1).shape == as_images(first).shape == (3, 1, 40, 30)
-    with pytest.raises(UserError, match=r"one colour image is images\[None\], and three grey images"):
+    with pytest.raises(
+        UserError, match=r"one colour image is images\[None\], and three grey images"
+    ):
         as_images(first, 1, 3)
 
 
 def test_what_people_hold_is_gathered_or_refused_in_words() -> None:
     array = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     pictures, names = [Image.fromarray(each) for each in array], [f"{row}.png" for row in range(6)]
-    for paths in (names, tuple(names), [Path(name) for name in names], np.array(names), np.array(names, object)):
+    for paths in (
+        names,
+        tuple(names),
+        [Path(name) for name in names],
+        np.array(names),
+        np.array(names, object),
+    ):
         assert gathered(paths) == names
     assert gathered(name for name in names) == names
     assert gathered(pictures) == pictures and gathered(pictures[0]) == pictures[:1]
-    for stack in (array, list(array), tuple(array), (each for each in array), [torch.from_numpy(a) for a in array]):
+    for stack in (
+        array,
+        list(array),
+        tuple(array),
+        (each for each in array),
+        [torch.from_numpy(a) for a in array],
+    ):
         assert np.array_equal(gathered(stack), array)
-    assert gathered([array[0, :, :, 0]] * 3).shape == (3, 1, 8, 8), "three grey images, not one of colour"
+    assert gathered([array[0, :, :, 0]] * 3).shape == (3, 1, 8, 8), (
+        "three grey images, not one of colour"
+    )
     refused: list[tuple[Any, str]] = [
         (set(names), "a set has no order"),
         ({"a": array}, "a dict has no order"),

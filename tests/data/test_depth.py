@@ -1,4 +1,6 @@
-"""More than 8 bits: a narrow range keeps its grey levels, a wide one its scale, in every kind of file."""
+"""More than 8 bits: a narrow range keeps its grey levels, a wide one its scale, in every kind of
+file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ RAMP = np.broadcast_to(np.linspace(0, 1, W), (H, W))
 
 
 def png(values: np.ndarray, text: bytes = b"") -> bytes:
-    """A 16-bit PNG of (H, W, C) by its specification: C = 1 grey, 2 with alpha, 3 colours, 4 with alpha."""
+    """A 16-bit PNG of (H, W, C) by its specification: C = 1 grey, 2 with alpha, 3 colours, 4 with
+    alpha.
+    """
     height, width, channels = values.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -28,7 +32,9 @@ def png(values: np.ndarray, text: bytes = b"") -> bytes:
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     if text:
         chunks.insert(1, (b"tRNS", text))
-    packed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    packed = [
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -39,21 +45,38 @@ def tiff(values: np.ndarray, order: str = "<", deflated: bool = False, most: int
     body = zlib.compress(body) if deflated else body
     short, long = 3, 4
     colour = 2 if channels >= 3 else 1
-    tags = [(256, short, width), (257, short, height), (259, short, 8 if deflated else 1), (262, short, colour)]
+    tags = [
+        (256, short, width),
+        (257, short, height),
+        (259, short, 8 if deflated else 1),
+        (262, short, colour),
+    ]
     tags += [(277, short, channels), (278, short, height), (279, long, len(body)), (284, short, 1)]
     tags += [(338, short, 2)] if channels == 4 else []
     tags += [(281, short, most)] if most else []
     after = 8 + 2 + 12 * (len(tags) + 2) + 4
     bits = struct.pack(order + f"{channels}H", *[16] * channels)
     entries = [(273, long, after + len(bits)), *tags]
-    packed = {258: struct.pack(order + "HHI", 258, short, channels) + struct.pack(order + "I", after)}
+    packed = {
+        258: struct.pack(order + "HHI", 258, short, channels) + struct.pack(order + "I", after)
+    }
     if channels == 1:
         packed[258] = struct.pack(order + "HHIHH", 258, short, 1, 16, 0)
     for tag, kind, value in entries:
-        number = struct.pack(order + "HH", value, 0) if kind == short else struct.pack(order + "I", value)
+        number = (
+            struct.pack(order + "HH", value, 0)
+            if kind == short
+            else struct.pack(order + "I", value)
+        )
         packed[tag] = struct.pack(order + "HHI", tag, kind, 1) + number
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(packed))
-    return head + b"".join(packed[tag] for tag in sorted(packed)) + struct.pack(order + "I", 0) + bits + body
+    return (
+        head
+        + b"".join(packed[tag] for tag in sorted(packed))
+        + struct.pack(order + "I", 0)
+        + bits
+        + body
+    )
 
 
 def by_pillow(kind: str) -> Callable[[np.ndarray], bytes]:
@@ -111,7 +134,9 @@ def test_a_wide_range_keeps_its_scale_in_every_file_of_grey(file: str, tmp_path:
 
 
 @pytest.mark.parametrize("file", COLOUR_FILES)
-def test_a_narrow_range_keeps_its_levels_and_hues_in_files_of_colour(file: str, tmp_path: Path) -> None:
+def test_a_narrow_range_keeps_its_levels_and_hues_in_files_of_colour(
+    file: str, tmp_path: Path
+) -> None:
     """12 bits in 16, of which Pillow reads the upper 8: 16 levels a channel."""
     values = np.rint(4095 * np.stack([RAMP, RAMP[:, ::-1], 0.5 * RAMP], -1))
     pixels = decode(written(tmp_path / "x", COLOUR_FILES[file](values)), H, 3)
@@ -160,7 +185,9 @@ def test_hot_pixels_do_not_decide_the_range(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 7, 30000, 65535])
-def test_one_value_throughout_is_one_grey_level_by_the_full_scale(value: int, tmp_path: Path) -> None:
+def test_one_value_throughout_is_one_grey_level_by_the_full_scale(
+    value: int, tmp_path: Path
+) -> None:
     path = written(tmp_path / "x", png(np.full((H, W, 1), value)))
     assert np.unique(decode(path, H, 1)).tolist() == [round(value / 257)]
 
@@ -198,4 +225,6 @@ def test_scaling_by_the_closed_form(full: float) -> None:
     np.testing.assert_array_equal(scaled(wide, full), np.rint(255 * wide / full))
     narrow = full * (0.4 + 0.1 * random.random((40, 50)))
     low, high = np.percentile(narrow, (0.1, 99.9))
-    np.testing.assert_array_equal(scaled(narrow, full), np.rint(255 * np.clip((narrow - low) / (high - low), 0, 1)))
+    np.testing.assert_array_equal(
+        scaled(narrow, full), np.rint(255 * np.clip((narrow - low) / (high - low), 0, 1))
+    )

@@ -1,4 +1,6 @@
-"""Image folders: what is found, in which order, under which labels; and what is refused, in which words."""
+"""Image folders: what is found, in which order, under which labels; and what is refused, in which
+words.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,25 @@ def names(images: datasets.ImageSet) -> list[str]:
 
 
 def test_flat_and_nested_folders_come_in_natural_order(make_folder: MakeFolder) -> None:
-    paths = ["img10.png", "img2.png", "Img1.PNG", "deep/er/still/b.png", "deep/a.png", "01.png", "1.png"]
+    paths = [
+        "img10.png",
+        "img2.png",
+        "Img1.PNG",
+        "deep/er/still/b.png",
+        "deep/a.png",
+        "01.png",
+        "1.png",
+    ]
     train = datasets.image_folder(str(make_folder(paths)), size=8).train
-    expected = ["01.png", "1.png", "deep/a.png", "deep/er/still/b.png", "Img1.PNG", "img2.png", "img10.png"]
+    expected = [
+        "01.png",
+        "1.png",
+        "deep/a.png",
+        "deep/er/still/b.png",
+        "Img1.PNG",
+        "img2.png",
+        "img10.png",
+    ]
     assert train.paths == expected
     assert train.ids.tolist() == list(range(7)) and set(train.splits) == {"all"}
     assert train.classes is None and train.class_names == [], "images lie right in the root"
@@ -38,7 +56,20 @@ def test_flat_and_nested_folders_come_in_natural_order(make_folder: MakeFolder) 
 def test_natural_order_is_total_and_has_no_ties() -> None:
     texts = ["", "01", "1", "²", "a", "A", "a01", "a1", "a2", "a10", "é", "z"]
     assert len({natural(text) for text in texts}) == len(texts)
-    assert sorted(texts, key=natural) == ["", "01", "1", "A", "a", "a01", "a1", "a2", "a10", "z", "²", "é"]
+    assert sorted(texts, key=natural) == [
+        "",
+        "01",
+        "1",
+        "A",
+        "a",
+        "a01",
+        "a1",
+        "a2",
+        "a10",
+        "z",
+        "²",
+        "é",
+    ]
 
 
 def test_folder_names_are_labels(make_folder: MakeFolder) -> None:
@@ -61,7 +92,13 @@ def test_one_class_is_no_labelling(make_folder: MakeFolder) -> None:
         datasets.image_folder(str(root), size=8, labels="folders")
 
 
-SPLIT_PATHS = ["train/cat/1.png", "train/cat/2.png", "train/dog/1.png", "validation/dog/2.png", "test/emu/3.png"]
+SPLIT_PATHS = [
+    "train/cat/1.png",
+    "train/cat/2.png",
+    "train/dog/1.png",
+    "validation/dog/2.png",
+    "test/emu/3.png",
+]
 
 
 def test_train_and_validation_folders_are_splits(make_folder: MakeFolder) -> None:
@@ -73,7 +110,9 @@ def test_train_and_validation_folders_are_splits(make_folder: MakeFolder) -> Non
     assert names(data.train) == [path.split("/")[1] for path in data.train.paths]
 
 
-def test_inductive_holds_out_all_but_train_and_maps_classes_by_name(make_folder: MakeFolder) -> None:
+def test_inductive_holds_out_all_but_train_and_maps_classes_by_name(
+    make_folder: MakeFolder,
+) -> None:
     data = datasets.image_folder(str(make_folder(SPLIT_PATHS)), size=8, protocol="inductive")
     assert data.test is not None and data.protocol == "inductive"
     assert set(data.train.splits) == {"train"} and set(data.test.splits) == {"validation", "test"}
@@ -81,7 +120,8 @@ def test_inductive_holds_out_all_but_train_and_maps_classes_by_name(make_folder:
     assert data.num_classes == 2, "emu is not among the images that are clustered"
     assert sorted([*data.train.ids, *data.test.ids]) == list(range(5))
     assert (
-        data.train.images is not None and data.test.mean == data.train.mean == channel_statistics(data.train.images)[0]
+        data.train.images is not None
+        and data.test.mean == data.train.mean == channel_statistics(data.train.images)[0]
     )
 
 
@@ -111,7 +151,13 @@ def test_what_a_run_left_below_the_images_is_no_image(make_folder: MakeFolder) -
 
 
 def test_hidden_files_and_other_kinds_are_no_images(make_folder: MakeFolder) -> None:
-    hidden = [".a.png", ".ipynb_checkpoints/x.png", "__MACOSX/cat/x.png", ".git/y.png", "cat/.z.png"]
+    hidden = [
+        ".a.png",
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/cat/x.png",
+        ".git/y.png",
+        "cat/.z.png",
+    ]
     root = make_folder(["cat/a.png", "dog/b.png", *hidden])
     for name in ("cat/Thumbs.db", "notes.txt", "dog/raw.cr2"):
         (root / name).write_bytes(b"no image")
@@ -128,7 +174,11 @@ def test_links_are_followed_but_not_in_circles(make_folder: MakeFolder, tmp_path
     outside.mkdir()
     Image.new("RGB", (5, 5)).save(outside / "3.png")
     (root / "c").symlink_to(outside)
-    assert datasets.image_folder(str(root), size=8).train.paths == ["a/1.png", "a/b/2.png", "c/3.png"]
+    assert datasets.image_folder(str(root), size=8).train.paths == [
+        "a/1.png",
+        "a/b/2.png",
+        "c/3.png",
+    ]
     (root / "round").symlink_to("round")
     (root / "round.png").symlink_to("round.png")
     found = datasets.image_folder(str(root), size=8).train
@@ -139,9 +189,28 @@ def test_links_are_followed_but_not_in_circles(make_folder: MakeFolder, tmp_path
 
 def test_listings_are_sorted_as_the_names_in_them() -> None:
     random = np.random.default_rng(0)
-    parts = ["", "a", "A", "ab", "1", "01", "10", "2", " ", "-", "é", "É", "ß", "²", "0", "\udce9", "."]
+    parts = [
+        "",
+        "a",
+        "A",
+        "ab",
+        "1",
+        "01",
+        "10",
+        "2",
+        " ",
+        "-",
+        "é",
+        "É",
+        "ß",
+        "²",
+        "0",
+        "\udce9",
+        ".",
+    ]
     names = {
-        "/".join("".join(random.choice(parts, 3)) or "x" for _ in range(random.integers(1, 4))) for _ in range(3000)
+        "/".join("".join(random.choice(parts, 3)) or "x" for _ in range(random.integers(1, 4)))
+        for _ in range(3000)
     }
     expected = sorted(names, key=lambda name: [natural(part) for part in name.split("/")])
     assert sorted(names, key=folders._order) == expected
@@ -162,7 +231,11 @@ def test_unreadable_images_are_named_and_ids_stay(memory_mb: int, make_folder: M
     root = damaged(make_folder)
     train = datasets.image_folder(str(root), size=8, memory_mb=memory_mb).train
     assert train.paths == ["1.png", "3.png", "6.png"] and train.ids.tolist() == [0, 2, 5]
-    assert [(skipped.id, skipped.path) for skipped in train.skipped] == [(1, "2.jpg"), (3, "4.png"), (4, "5.png")]
+    assert [(skipped.id, skipped.path) for skipped in train.skipped] == [
+        (1, "2.jpg"),
+        (3, "4.png"),
+        (4, "5.png"),
+    ]
     assert "not an image" in train.skipped[0].reason and "empty" in train.skipped[1].reason
     for row, path in enumerate(train.paths):
         with Image.open(root / path) as image:
@@ -176,7 +249,9 @@ def test_a_set_on_disk_is_the_set_in_memory(make_folder: MakeFolder) -> None:
     assert memory.images is not None and disk.images is None
     copy = pickle.loads(pickle.dumps(disk))
     for row in range(6):
-        assert torch.equal(memory.images[row], disk.read(row)) and torch.equal(copy.read(row), disk.read(row))
+        assert torch.equal(memory.images[row], disk.read(row)) and torch.equal(
+            copy.read(row), disk.read(row)
+        )
     assert memory.fingerprint() == disk.fingerprint() == copy.fingerprint()
     assert disk.mean == (0.485, 0.456, 0.406), "ImageNet's"
 
@@ -202,7 +277,11 @@ def test_bad_folders_are_refused_in_words(make_folder: MakeFolder, tmp_path: Pat
     assert f"Did you mean {root}?" in refusal(tmp_path / "photo")
     assert f"nearest folder that exists is {tmp_path}" in refusal(tmp_path / "zebra" / "x" / "y")
     assert "this is a file" in refusal(root / "a.png")
-    assert "no such folder" in refusal("") and "no such folder" in refusal("a\0b") and "no such" in refusal("x" * 300)
+    assert (
+        "no such folder" in refusal("")
+        and "no such folder" in refusal("a\0b")
+        and "no such" in refusal("x" * 300)
+    )
     (root / "a.png").write_text("letter")
     (root / "b.png").write_bytes(b"")
     text = refusal(root)
@@ -250,7 +329,10 @@ def test_names_that_are_not_utf8_are_left_out(make_folder: MakeFolder) -> None:
 def test_the_fingerprint_knows_pixels_and_files_but_no_labels(make_folder: MakeFolder) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 4, 4), dtype=np.uint8)
     whole = datasets.from_arrays(images, labels=[0, 1, 2, 0, 1, 2]).train
-    assert whole.fingerprint() == datasets.from_arrays(images, labels=list("aabbcc")).train.fingerprint()
+    assert (
+        whole.fingerprint()
+        == datasets.from_arrays(images, labels=list("aabbcc")).train.fingerprint()
+    )
     assert whole.fingerprint() != datasets.from_arrays(images[::-1]).train.fingerprint()
     assert whole.fingerprint() != datasets.from_arrays(images.reshape(6, 2, 8)).train.fingerprint()
     root = make_folder(["a/1.png", "b/2.png", "b/3.png"])
@@ -265,14 +347,22 @@ def test_select_keeps_everything_in_step() -> None:
     images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2)
     whole = datasets.from_arrays(images, labels=list("abcab")).train
     part = whole.select([4, 1])
-    assert part.ids.tolist() == [4, 1] and part.paths == ["all/4", "all/1"] and names(part) == ["b", "b"]
+    assert (
+        part.ids.tolist() == [4, 1]
+        and part.paths == ["all/4", "all/1"]
+        and names(part) == ["b", "b"]
+    )
     assert torch.equal(part.read(0), whole.read(4)) and len(part) == 2 and part.mean == whole.mean
     assert whole.select(np.array([False, True, False, False, True])).ids.tolist() == [1, 4]
 
 
 def test_statistics_are_those_of_the_pixels_and_never_zero() -> None:
-    images = torch.randint(0, 256, (50, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (50, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     mean, std = channel_statistics(images)
     pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
     assert mean == pytest.approx(pixels.mean(1)) and std == pytest.approx(pixels.std(1))
-    assert channel_statistics(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8))[1] == pytest.approx([1 / 255])
+    assert channel_statistics(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8))[1] == pytest.approx(
+        [1 / 255]
+    )

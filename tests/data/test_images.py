@@ -20,7 +20,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from deepclust.data import images as module
-from deepclust.data.images import UnreadableImage, all_grey, decode, decode_all, in_threads, readable_now
+from deepclust.data.images import (
+    UnreadableImage,
+    all_grey,
+    decode,
+    decode_all,
+    in_threads,
+    readable_now,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -49,7 +56,12 @@ MODES: dict[str, tuple[str, Image.Image, np.ndarray, int]] = {
         0,
     ),
     "P": ("png", Image.fromarray(RAMP).convert("P"), as_rgb(RAMP), 0),
-    "PA": ("tif", Image.fromarray(np.dstack([COLOURS, ALPHA])).quantize(256).convert("PA"), ON_WHITE, 12),
+    "PA": (
+        "tif",
+        Image.fromarray(np.dstack([COLOURS, ALPHA])).quantize(256).convert("PA"),
+        ON_WHITE,
+        12,
+    ),
     "RGB": ("png", Image.fromarray(COLOURS), COLOURS.transpose(2, 0, 1), 0),
     "RGBA": ("png", Image.fromarray(np.dstack([COLOURS, ALPHA])), ON_WHITE, 0),
     "RGBX": ("tif", Image.fromarray(COLOURS).convert("RGBX"), COLOURS.transpose(2, 0, 1), 0),
@@ -71,7 +83,9 @@ def test_every_mode_of_an_image_comes_out_right(mode: str, tmp_path: Path) -> No
     image.save(path)
     assert np.abs(rgb(path) - expected).max() <= allowed
     grey = decode(path, 16, 1)
-    by_pillow = np.asarray(Image.fromarray(rgb(path).astype(np.uint8).transpose(1, 2, 0)).convert("L"))
+    by_pillow = np.asarray(
+        Image.fromarray(rgb(path).astype(np.uint8).transpose(1, 2, 0)).convert("L")
+    )
     assert grey.shape == (1, 16, 16) and np.abs(grey[0].astype(int) - by_pillow).max() <= 1
 
 
@@ -83,7 +97,9 @@ def test_transparent_colours_of_a_png_lie_on_white(kind: str, tmp_path: Path) ->
         hidden = np.equal(COLOURS, COLOURS[3, 3]).all(-1)
     else:
         opacity = bytes(0 if value == 7 else 255 for value in range(256))
-        Image.fromarray(RAMP).convert("P").save(path, transparency=7 if kind == "index" else opacity)
+        Image.fromarray(RAMP).convert("P").save(
+            path, transparency=7 if kind == "index" else opacity
+        )
         hidden = RAMP == 7
     pixels = rgb(path)
     assert hidden.sum() == 1 and (pixels[:, hidden] == 255).all()
@@ -105,21 +121,27 @@ def test_a_sixteen_bit_gradient_is_not_saturated(tmp_path: Path) -> None:
 
 
 def test_sixteen_bit_colour_png_keeps_its_range(tmp_path: Path) -> None:
-    """Pillow cannot write these, so the file is put together by hand (PNG specification, colour type 2, depth 16)."""
+    """Pillow cannot write these, so the file is put together by hand (PNG specification, colour
+    type 2, depth 16).
+    """
     rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in COLOURS)
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     ]
-    content = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    content = b"".join(
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+    )
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
     assert (rgb(tmp_path / "x.png") == COLOURS.transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied_as_pillow_does(orientation: int, extension: str, tmp_path: Path) -> None:
+def test_exif_rotation_is_applied_as_pillow_does(
+    orientation: int, extension: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"x.{extension}"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -149,9 +171,13 @@ def test_broken_exif_does_not_lose_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (60, 40), (32, 100), (16, 16), (10, 20)])
-def test_resizing_is_torchvisions_resize_and_centre_crop(shape: tuple[int, int], tmp_path: Path) -> None:
+def test_resizing_is_torchvisions_resize_and_centre_crop(
+    shape: tuple[int, int], tmp_path: Path
+) -> None:
     grid = np.mgrid[: shape[0], : shape[1]]
-    smooth = np.stack([128 + 100 * np.sin(grid[0] / 9), 128 + 100 * np.cos(grid[1] / 7), grid.sum(0) % 250], -1)
+    smooth = np.stack(
+        [128 + 100 * np.sin(grid[0] / 9), 128 + 100 * np.cos(grid[1] / 7), grid.sum(0) % 250], -1
+    )
     smooth[..., 2] = 128 + 60 * np.sin(grid.sum(0) / 11)
     pixels = torch.from_numpy(smooth.astype(np.uint8)).permute(2, 0, 1)
     Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "x.png")
@@ -159,7 +185,9 @@ def test_resizing_is_torchvisions_resize_and_centre_crop(shape: tuple[int, int],
     expected = functional.center_crop(expected, [16, 16]).int()
     difference = (torch.from_numpy(rgb(tmp_path / "x.png")) - expected).abs().float()
     assert difference[:, 2:-2, 2:-2].max() <= 1
-    assert difference.max() <= 1 or shape[0] != shape[1], "only at the crop's edge may pixels beyond it play a part"
+    assert difference.max() <= 1 or shape[0] != shape[1], (
+        "only at the crop's edge may pixels beyond it play a part"
+    )
 
 
 def test_large_jpegs_decode_at_reduced_scale_to_the_same_picture(tmp_path: Path) -> None:
@@ -201,7 +229,12 @@ def broken(kind: str, folder: Path) -> Path:
     elif kind == "bomb":
         content = (folder / "x.png", Image.new("1", (8, 8)).save(folder / "x.png"))[0].read_bytes()
         header = struct.pack(">IIBBBBB", 60000, 60000, 1, 0, 0, 0, 0)
-        header = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+        header = (
+            struct.pack(">I", 13)
+            + b"IHDR"
+            + header
+            + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+        )
         path.write_bytes(content[:8] + header + content[8 + len(header) :])
     elif kind == "nan":
         path = folder / "x.tif"
@@ -233,7 +266,9 @@ def test_broken_files_are_refused_with_the_reason(kind: str, tmp_path: Path) -> 
         decode(path, 16, 3)
     assert REASONS[kind] in caught.value.reason and "\n" not in caught.value.reason
     assert str(path) in str(caught.value)
-    assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason, "loader workers send it on"
+    assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason, (
+        "loader workers send it on"
+    )
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "gif", "bmp", "tif", "webp", "ppm"])
@@ -307,7 +342,12 @@ def test_grey_throughout_is_noticed(tmp_path: Path) -> None:
 def heif(path: Path, **options: bytes) -> np.ndarray:
     """Writes a HEIC file of 24 x 16 large pixels; gives them as (16, 24, 3)."""
     pillow_heif = pytest.importorskip("pillow_heif")
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    pixels = (
+        np.random.default_rng(0)
+        .integers(0, 256, (2, 3, 3), dtype=np.uint8)
+        .repeat(8, 0)
+        .repeat(8, 1)
+    )
     pillow_heif.from_pillow(Image.fromarray(pixels)).save(path, quality=-1, **options)
     return pixels
 
@@ -340,11 +380,15 @@ def test_avif_is_read_where_pillow_can(tmp_path: Path, monkeypatch: pytest.Monke
         exif = Image.Exif()
         exif[module.EXIF_ORIENTATION] = turn
         Image.fromarray(COLOURS).save(tmp_path / "turned.avif", quality=100, exif=exif)
-        by_pillow = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "turned.avif"))).transpose(2, 0, 1)
+        by_pillow = np.asarray(
+            ImageOps.exif_transpose(Image.open(tmp_path / "turned.avif"))
+        ).transpose(2, 0, 1)
         assert np.abs(rgb(tmp_path / "turned.avif") - by_pillow).max() <= 1
 
 
-@pytest.mark.parametrize(("brand", "advice"), [(b"heic", module.INSTALL_HEIF), (b"avif", module.INSTALL_AVIF)])
+@pytest.mark.parametrize(
+    ("brand", "advice"), [(b"heic", module.INSTALL_HEIF), (b"avif", module.INSTALL_AVIF)]
+)
 def test_without_a_reader_the_advice_is_the_reason(
     brand: bytes, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,5 +414,7 @@ from deepclust.data.images import decode_all
 decode_all([{str(tmp_path / "x.png")!r}, {str(tmp_path / "x.jpg")!r}], 8, 3, True)
 assert "pillow_heif" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

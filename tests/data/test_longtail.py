@@ -1,4 +1,6 @@
-"""Long tails: exact counts, nothing but labels decides, what is held out stays whole; lists of benchmark splits."""
+"""Long tails: exact counts, nothing but labels decides, what is held out stays whole; lists of
+benchmark splits.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deepclust.config import build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
 from deepclust.data.datasets import digits, from_arrays, image_list
 from deepclust.data.features import from_features
 from deepclust.data.longtail import long_tail, tail_counts
@@ -41,7 +44,9 @@ def test_cifar100_has_the_papers_counts(imbalance: float, total: int) -> None:
         assert [sum(counts[:30]), sum(counts[30:70]), sum(counts[70:])] == [8262, 2280, 305]
 
 
-def test_cifar_files_thinned_and_the_test_split_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_files_thinned_and_the_test_split_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CIFAR-100 in its own format, 40 images a class in train and 2 in test."""
     import hashlib
     import pickle
@@ -54,8 +59,12 @@ def test_cifar_files_thinned_and_the_test_split_whole(tmp_path: Path, monkeypatc
     for name, each in (("train", 40), ("test", 2)):
         fine = np.tile(np.arange(100), each).tolist()
         pixels = np.random.default_rng(each).integers(0, 256, (len(fine), 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": fine, "coarse_labels": fine}))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"c{n:02d}" for n in range(100)]}))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": pixels, "fine_labels": fine, "coarse_labels": fine})
+        )
+    (folder / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": [f"c{n:02d}" for n in range(100)]})
+    )
     for name in ("train", "test", "meta"):
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
@@ -88,8 +97,13 @@ def test_longtail_holds_out_what_it_finds_balanced() -> None:
     rows = np.random.default_rng(1).normal(size=(60, 4))
     labels, splits = np.tile(np.arange(3), 20), ["train"] * 42 + ["test"] * 18
     data = from_features(rows, labels, splits, protocol="longtail", imbalance=7)
-    assert data.test is not None and data.test.classes is not None and data.train.classes is not None
-    assert (data.protocol, np.bincount(data.train.classes).tolist()) == ("longtail", tail_counts(14, 3, 7))
+    assert (
+        data.test is not None and data.test.classes is not None and data.train.classes is not None
+    )
+    assert (data.protocol, np.bincount(data.train.classes).tolist()) == (
+        "longtail",
+        tail_counts(14, 3, 7),
+    )
     assert np.bincount(data.test.classes).tolist() == [6, 6, 6]
     assert from_features(rows, labels, splits, protocol="longtail").protocol == "longtail"
     whole = long_tail(data.test, 1)
@@ -108,14 +122,25 @@ def test_imagenet_r_lists_are_the_split_wherever_they_go(tmp_path: Path) -> None
     folders(tmp_path, counts)
     splits = module.imagenet_r(tmp_path)
     assert splits == module.imagenet_r(tmp_path)
-    assert {name: sum(label == name for _, label in splits["test"]) for name in counts} == dict.fromkeys(counts, 20)
+    assert {
+        name: sum(label == name for _, label in splits["test"]) for name in counts
+    } == dict.fromkeys(counts, 20)
     assert {path for lines in splits.values() for path, _ in lines} == {
         f"{name}/{number}.png" for name, count in counts.items() for number in range(count)
     }
     for split, lines in splits.items():
         module.write(tmp_path / f"{split}.csv", lines)
-    data = image_list(str(tmp_path / "train.csv"), size=8, test_file=str(tmp_path / "test.csv"), protocol="longtail")
-    assert data.test is not None and (len(data.train), len(data.test), data.protocol) == (20, 60, "longtail")
+    data = image_list(
+        str(tmp_path / "train.csv"),
+        size=8,
+        test_file=str(tmp_path / "test.csv"),
+        protocol="longtail",
+    )
+    assert data.test is not None and (len(data.train), len(data.test), data.protocol) == (
+        20,
+        60,
+        "longtail",
+    )
     with pytest.raises(UserError, match="Give both or neither"):
         image_list(str(tmp_path / "train.csv"), size=8, protocol="longtail")
 
@@ -124,15 +149,25 @@ def test_inaturalist_subsets_are_nested_and_ties_are_stable(tmp_path: Path) -> N
     module = script("write_lists")
     ranked = list(range(8142))
     subsets = {size: module.nested_subset(ranked, size) for size in module.SUBSETS}
-    assert {size: len(kept) for size, kept in subsets.items()} == {size: size for size in module.SUBSETS}
+    assert {size: len(kept) for size, kept in subsets.items()} == {
+        size: size for size in module.SUBSETS
+    }
     for larger, smaller in zip(module.SUBSETS, module.SUBSETS[1:]):
         assert set(subsets[smaller]) <= set(subsets[larger])
-    assert subsets[2000][:3] == [0, 4, 8] and subsets[1000][:3] == [0, 8, 16] and subsets[100][:2] == [0, 64]
+    assert (
+        subsets[2000][:3] == [0, 4, 8]
+        and subsets[1000][:3] == [0, 8, 16]
+        and subsets[100][:2] == [0, 64]
+    )
     categories = np.repeat(np.arange(9000, 9000 + 700), 1 + np.arange(700) % 3)
     for split, chosen in (("train", categories[::-1]), ("val", np.unique(categories))):
-        images = [{"id": place, "file_name": f"{split}/{place}.jpg"} for place in range(len(chosen))]
+        images = [
+            {"id": place, "file_name": f"{split}/{place}.jpg"} for place in range(len(chosen))
+        ]
         marks = [{"image_id": place, "category_id": int(name)} for place, name in enumerate(chosen)]
-        (tmp_path / f"{split}2018.json").write_text(json.dumps({"images": images, "annotations": marks}))
+        (tmp_path / f"{split}2018.json").write_text(
+            json.dumps({"images": images, "annotations": marks})
+        )
     module.SUBSETS = (100, 50)
     splits = module.inaturalist(tmp_path, 50)
     order = sorted(range(700), key=lambda name: (-(1 + name % 3), name))[::4][:100][::2]

@@ -47,7 +47,11 @@ def test_distances_behave_like_those_of_imagehash(tmp_path: Path) -> None:
     for image in images:
         image.save(tmp_path / "x.jpg", quality=40)
         with Image.open(tmp_path / "x.jpg") as copy:
-            altered += [copy.convert("RGB"), ImageEnhance.Brightness(image).enhance(0.8), image.resize((90, 90))]
+            altered += [
+                copy.convert("RGB"),
+                ImageEnhance.Brightness(image).enhance(0.8),
+                image.resize((90, 90)),
+            ]
         altered += [
             image.filter(ImageFilter.GaussianBlur(2)),
             image.crop((4, 4, 156, 156)),
@@ -67,7 +71,10 @@ def test_distances_behave_like_those_of_imagehash(tmp_path: Path) -> None:
 def test_the_side_hardly_matters(side: int) -> None:
     for seed in range(5):
         image = scene(seed, 640)
-        whole, small = (perceptual_hash(pixels(image.resize((s, s), Image.Resampling.BICUBIC))) for s in (160, side))
+        whole, small = (
+            perceptual_hash(pixels(image.resize((s, s), Image.Resampling.BICUBIC)))
+            for s in (160, side)
+        )
         assert distance(whole, small) <= (12 if side == 8 else 4)
 
 
@@ -80,7 +87,9 @@ def test_grey_is_the_same_as_its_three_channels_and_brightness_changes_little() 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 8, 160])
 def test_flat_and_tiny_images_have_a_hash_without_noise(side: int) -> None:
-    flat = {perceptual_hash(np.full((3, side, side), value, dtype=np.uint8)) for value in (3, 77, 255)}
+    flat = {
+        perceptual_hash(np.full((3, side, side), value, dtype=np.uint8)) for value in (3, 77, 255)
+    }
     assert flat == {1 << 63}
     assert perceptual_hash(np.zeros((3, side, side), dtype=np.uint8)) == 0
     random = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
@@ -90,8 +99,15 @@ def test_flat_and_tiny_images_have_a_hash_without_noise(side: int) -> None:
 def test_sixteen_bit_grey_and_transparent_files_of_one_picture_hash_alike(tmp_path: Path) -> None:
     grey = np.asarray(scene(2).convert("L"))
     opaque = Image.fromarray(np.dstack([grey, grey, grey, np.full_like(grey, 255)]))
-    files = {"deep.png": Image.fromarray(grey.astype(np.uint16) * 257), "grey.png": Image.fromarray(grey)}
-    for name, image in {**files, "alpha.png": opaque, "bilevel.png": Image.fromarray(grey > 127)}.items():
+    files = {
+        "deep.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "grey.png": Image.fromarray(grey),
+    }
+    for name, image in {
+        **files,
+        "alpha.png": opaque,
+        "bilevel.png": Image.fromarray(grey > 127),
+    }.items():
         image.save(tmp_path / name)
     found = {path.name: perceptual_hash(decode(path, 64, 3)) for path in tmp_path.iterdir()}
     assert found["deep.png"] == found["grey.png"] == found["alpha.png"]

@@ -1,4 +1,6 @@
-"""Counter-based random numbers: a published reference, distributions, independence, and no global state."""
+"""Counter-based random numbers: a published reference, distributions, independence, and no global
+state.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_parts_do_not_stand_for_each_other():
 
 
 def test_keys_of_many_samples_differ():
-    many = torch.cat([sample_keys(0, 0, p, torch.arange(50_000), slot) for p in range(3) for slot in range(2)])
+    many = torch.cat(
+        [sample_keys(0, 0, p, torch.arange(50_000), slot) for p in range(3) for slot in range(2)]
+    )
     assert len(many.unique()) == len(many)
 
 

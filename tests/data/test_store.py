@@ -25,7 +25,7 @@ from deepclust.data.perceptual import perceptual_hash
 from deepclust.data.store import FeatureStore
 from deepclust.data.store_writer import StoreWriter
 from deepclust.errors import UserError
-from deepclust.extract import Asked, extract
+from deepclust.features.extract import Asked, extract
 from tests.data.conftest import colours
 
 NETS = """
@@ -77,7 +77,9 @@ class Folder:
 
     def asked(self, store: Path, *names: str, **more: object) -> Asked:
         given = {"dtype": "float32", "batch_size": 6, "workers": 2, **more}
-        return Asked(self.photos, store, [self.backbone(name) for name in names or ("one",)], **given)  # pyright: ignore
+        return Asked(
+            self.photos, store, [self.backbone(name) for name in names or ("one",)], **given
+        )  # pyright: ignore
 
     def extract(self, store: Path, *names: str, **more: object) -> FeatureStore:
         assert extract(self.asked(store, *names, **more)) == 0
@@ -85,7 +87,9 @@ class Folder:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_folder: Callable[[Iterable[str]], Path], monkeypatch: pytest.MonkeyPatch) -> Folder:
+def folder(
+    tmp_path: Path, make_folder: Callable[[Iterable[str]], Path], monkeypatch: pytest.MonkeyPatch
+) -> Folder:
     for module in ("data.store", "data.store_writer", "extract"):
         monkeypatch.setattr(f"deepclust.{module}.BLOCK", 16)
     (tmp_path / "nets.py").write_text(NETS)
@@ -110,40 +114,69 @@ def content(store: FeatureStore) -> dict[str, object]:
     files = {name: store.file(name).read_bytes() for name in store.backbones}
     table = [store.paths, store.status.tolist(), store.sizes.tolist(), store.hashes, store.reasons]
     table += [store.perceptual.tolist(), store.has_perceptual.tolist()]
-    return {"files": files, "table": table, "computed": [store.computed(name).tolist() for name in store.backbones]}
+    return {
+        "files": files,
+        "table": table,
+        "computed": [store.computed(name).tolist() for name in store.backbones],
+    }
 
 
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepclust.encoders.autocast_dtype", lambda precision, device: None)
+    monkeypatch.setattr("deepclust.features.encoder.autocast_dtype", lambda precision, device: None)
 
 
 @pytest.mark.usefixtures("float32")
 def test_a_store_holds_what_the_backbone_gives(tmp_path: Path, folder: Folder) -> None:
     store = folder.extract(tmp_path / "store")
-    assert store.paths == sorted(PATHS, key=lambda path: (path[0], int(path[2:-4]))) and len(store) == 40
+    assert (
+        store.paths == sorted(PATHS, key=lambda path: (path[0], int(path[2:-4])))
+        and len(store) == 40
+    )
     bad = store.paths.index("a/30.png")
-    assert store.status[bad] == "unreadable" and store.reasons == {bad: "not an image of a kind that can be read"}
+    assert store.status[bad] == "unreadable" and store.reasons == {
+        bad: "not an image of a kind that can be read"
+    }
     assert store.valid.sum() == 39 and store.computed().all() and bad not in store.rows()
     features = store.features()
-    assert isinstance(features, np.memmap) and features.shape == (40, 20) and features.dtype == np.float32
+    assert (
+        isinstance(features, np.memmap)
+        and features.shape == (40, 20)
+        and features.dtype == np.float32
+    )
     good = [store.paths[row] for row in store.rows()]
     np.testing.assert_allclose(features[store.rows()], expected(folder.photos, good), atol=2e-6)
     assert not features[bad].any()
     data = (folder.photos / "b/1.png").read_bytes()
     row = store.paths.index("b/1.png")
-    assert store.hashes[row] == hashlib.sha256(data).digest() and store.sizes[row].tolist() == [12, 12]
-    assert store.mtime_ns[row] == os.stat(folder.photos / "b/1.png").st_mtime_ns and store.file_bytes[row] == len(data)
+    assert store.hashes[row] == hashlib.sha256(data).digest() and store.sizes[row].tolist() == [
+        12,
+        12,
+    ]
+    assert store.mtime_ns[row] == os.stat(
+        folder.photos / "b/1.png"
+    ).st_mtime_ns and store.file_bytes[row] == len(data)
     identity = store.backbone("one").identity
-    assert identity["model"] == "one" and len(identity["weights"]) == 64 and identity["preprocess"]["size"] == 8
+    assert (
+        identity["model"] == "one"
+        and len(identity["weights"]) == 64
+        and identity["preprocess"]["size"] == 8
+    )
     assert identity["trained_with_labels"] is None and identity["precision"] == "float32"
     assert np.array_equal(np.load(store.file(store.backbone().name), mmap_mode="r"), features)
 
 
-def test_float16_is_the_same_rounded_and_what_does_not_fit_is_refused(tmp_path: Path, folder: Folder) -> None:
-    wide, half = folder.extract(tmp_path / "a").features(), folder.extract(tmp_path / "b", dtype="float16").features()
+def test_float16_is_the_same_rounded_and_what_does_not_fit_is_refused(
+    tmp_path: Path, folder: Folder
+) -> None:
+    wide, half = (
+        folder.extract(tmp_path / "a").features(),
+        folder.extract(tmp_path / "b", dtype="float16").features(),
+    )
     assert half.dtype == np.float16 and np.array_equal(half, wide.astype(np.float16))
-    with pytest.raises(UserError, match=r"features of a/0.png by huge do not fit float16; use --dtype float32"):
+    with pytest.raises(
+        UserError, match=r"features of a/0.png by huge do not fit float16; use --dtype float32"
+    ):
         extract(folder.asked(tmp_path / "c", "huge", dtype="float16"))
     assert np.isfinite(folder.extract(tmp_path / "d", "huge").features("huge")).all()
 
@@ -152,12 +185,27 @@ def test_float16_is_the_same_rounded_and_what_does_not_fit_is_refused(tmp_path: 
 @pytest.mark.parametrize("change", [False, True])
 @pytest.mark.parametrize(
     ("where", "call"),
-    [("_add", 1), ("_write", 1), ("_write", 2), ("_write", 3), ("_keep_facts", 1), ("_keep_facts", 2), ("_unseal", 1)],
+    [
+        ("_add", 1),
+        ("_write", 1),
+        ("_write", 2),
+        ("_write", 3),
+        ("_keep_facts", 1),
+        ("_keep_facts", 2),
+        ("_unseal", 1),
+    ],
 )
 def test_a_kill_at_any_moment_is_never_seen(
-    tmp_path: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch, where: str, call: int, change: bool
+    tmp_path: Path,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    call: int,
+    change: bool,
 ) -> None:
-    """The process ends at once, in the middle of a write or a transaction; the next one finishes what it began."""
+    """The process ends at once, in the middle of a write or a transaction; the next one finishes
+    what it began.
+    """
     if change:
         shutil.copytree(folder.photos, tmp_path / "before")
         folder.extract(tmp_path / "store")
@@ -173,12 +221,14 @@ def test_a_kill_at_any_moment_is_never_seen(
     status = os.waitpid(child, 0)[1]
     happens = change or where != "_unseal"
     assert os.waitstatus_to_exitcode(status) == (9 if happens else 0)
-    assert content(folder.extract(tmp_path / "store")) == content(FeatureStore.open(tmp_path / "other"))
+    assert content(folder.extract(tmp_path / "store")) == content(
+        FeatureStore.open(tmp_path / "other")
+    )
 
 
 def _end_at(where: str, call: int) -> None:
-    """Makes this process end in the `call`-th call of a function: a write is then half done, the rest has not begun
-    or, of `_keep_facts`, stands in an open transaction."""
+    """Makes this process end in the `call`-th call of a function: a write is then half done, the
+    rest has not begun or, of `_keep_facts`, stands in an open transaction."""
     owner = StoreWriter if where in ("_add", "_unseal") else store_writer
     before, count = getattr(owner, where), [0]
 
@@ -195,13 +245,22 @@ def _end_at(where: str, call: int) -> None:
     setattr(owner, where, end)
 
 
-def test_a_sigkill_of_the_command_and_the_same_command_again(tmp_path: Path, folder: Folder) -> None:
+def test_a_sigkill_of_the_command_and_the_same_command_again(
+    tmp_path: Path, folder: Folder
+) -> None:
     code = (
-        "import sys, deepclust.data.store, deepclust.data.store_writer, deepclust.extract as e\n"
+        "import sys, deepclust.data.store, deepclust.data.store_writer, deepclust.features.extract as e\n"
         "for m in (deepclust.data.store, deepclust.data.store_writer, e): m.BLOCK = 16\n"
         "from deepclust.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = ["features", str(folder.photos), "--store", str(tmp_path / "store"), "--batch-size", "6"]
+    words = [
+        "features",
+        str(folder.photos),
+        "--store",
+        str(tmp_path / "store"),
+        "--batch-size",
+        "6",
+    ]
     words += ["--backbone", folder.backbone("killed"), "--dtype", "float32"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -215,7 +274,10 @@ def test_a_sigkill_of_the_command_and_the_same_command_again(tmp_path: Path, fol
 
 
 def test_ctrl_c_says_what_is_done_and_the_same_command_goes_on(
-    tmp_path: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    folder: Folder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = StoreWriter.seal
 
@@ -228,13 +290,15 @@ def test_ctrl_c_says_what_is_done_and_the_same_command_goes_on(
         patch.setattr(StoreWriter, "seal", seal)
         assert extract(folder.asked(tmp_path / "store")) == 143
     assert "16 of 40 images by one-" in capsys.readouterr().out
-    assert content(folder.extract(tmp_path / "store")) == content(folder.extract(tmp_path / "whole"))
+    assert content(folder.extract(tmp_path / "store")) == content(
+        folder.extract(tmp_path / "whole")
+    )
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are decoded."""
-    from deepclust.data import ahead
+    from deepclust.features import decode_ahead as ahead
 
     names: list[str] = []
     before = ahead.decode_file
@@ -278,16 +342,22 @@ def test_new_images_are_appended_changed_ones_computed_deleted_ones_marked(
     Image.fromarray(colours(5)).save(folder.photos / "b/5.png")
     third = folder.extract(tmp_path / "store", hashing=hashing)
     assert third.status[gone] == "ok" and third.valid.all()
-    np.testing.assert_allclose(third.features()[gone], expected(folder.photos, ["b/5.png"])[0], atol=2e-6)
+    np.testing.assert_allclose(
+        third.features()[gone], expected(folder.photos, ["b/5.png"])[0], atol=2e-6
+    )
 
 
-def test_content_decides_with_hashes_and_size_and_time_without(tmp_path: Path, folder: Folder, read: list[str]) -> None:
+def test_content_decides_with_hashes_and_size_and_time_without(
+    tmp_path: Path, folder: Folder, read: list[str]
+) -> None:
     path = folder.photos / "a/4.png"
     with_hash, without = tmp_path / "with", tmp_path / "without"
     folder.extract(with_hash), folder.extract(without, hashing=False)
     times = os.stat(path).st_atime_ns, os.stat(path).st_mtime_ns
     data = path.read_bytes()
-    other = bytearray(Path(folder.photos / "a/6.png").read_bytes()[: len(data)].ljust(len(data), b"\0"))
+    other = bytearray(
+        Path(folder.photos / "a/6.png").read_bytes()[: len(data)].ljust(len(data), b"\0")
+    )
     path.write_bytes(other)
     os.utime(path, ns=times)
     read.clear()
@@ -334,8 +404,13 @@ def test_a_damaged_block_is_named_and_only_that_one_is_computed_again(
     assert FeatureStore.open(tmp_path / "store").damaged() == [1]
     capsys.readouterr(), read.clear()
     assert content(folder.extract(tmp_path / "store")) == before
-    assert f"{file}: rows 16-31 were changed on disk (SHA-256); computed again" in capsys.readouterr().out
-    assert len(read) == 16 - (store.paths.index("a/30.png") // 16 == 1), "unreadable ones are not tried again"
+    assert (
+        f"{file}: rows 16-31 were changed on disk (SHA-256); computed again"
+        in capsys.readouterr().out
+    )
+    assert len(read) == 16 - (store.paths.index("a/30.png") // 16 == 1), (
+        "unreadable ones are not tried again"
+    )
     file.write_bytes(data[:300])
     assert content(folder.extract(tmp_path / "store")) == before
     file.unlink()
@@ -368,10 +443,15 @@ def test_backbones_lie_beside_one_another_and_share_the_decoding(
         fourth.features("two")
 
 
-def test_a_store_is_of_one_folder_and_follows_it_when_it_moves(tmp_path: Path, folder: Folder, read: list[str]) -> None:
+def test_a_store_is_of_one_folder_and_follows_it_when_it_moves(
+    tmp_path: Path, folder: Folder, read: list[str]
+) -> None:
     folder.extract(tmp_path / "store")
     shutil.copytree(folder.photos, tmp_path / "copy")
-    with pytest.raises(UserError, match=rf"holds the features of {folder.photos}, not of {tmp_path / 'copy'}; choose"):
+    with pytest.raises(
+        UserError,
+        match=rf"holds the features of {folder.photos}, not of {tmp_path / 'copy'}; choose",
+    ):
         extract(Asked(tmp_path / "copy", tmp_path / "store", [folder.backbone("one")]))
     shutil.rmtree(folder.photos)
     read.clear()
@@ -397,13 +477,22 @@ def test_what_cannot_be_done_is_said_in_words(tmp_path: Path, folder: Folder) ->
     assert not (tmp_path / "store").exists() and os.listdir(tmp_path / "texts") == ["a.txt"]
     with pytest.raises(UserError, match="is no feature store; deepclust features IMAGES --store"):
         FeatureStore.open(tmp_path / "texts")
-    for name, words in ((":missing", "no attribute 'missing'"), (":Path", "gives PosixPath; expected a torch module")):
+    for name, words in (
+        (":missing", "no attribute 'missing'"),
+        (":Path", "gives PosixPath; expected a torch module"),
+    ):
         with pytest.raises(UserError, match=words):
             extract(Asked(folder.photos, tmp_path / "store", [f"{folder.nets}{name}"]))
-    with StoreWriter.create(tmp_path / "store", folder.photos), pytest.raises(UserError, match="is in use by"):
+    with (
+        StoreWriter.create(tmp_path / "store", folder.photos),
+        pytest.raises(UserError, match="is in use by"),
+    ):
         extract(folder.asked(tmp_path / "store"))
     (tmp_path / "store/store.sqlite").write_bytes(b"garbage " * 1000)
-    for attempt in (lambda: FeatureStore.open(tmp_path / "store"), lambda: extract(folder.asked(tmp_path / "store"))):
+    for attempt in (
+        lambda: FeatureStore.open(tmp_path / "store"),
+        lambda: extract(folder.asked(tmp_path / "store")),
+    ):
         with pytest.raises(UserError, match=r"store.sqlite .*not a database.*Remove"):
             attempt()
 
@@ -433,14 +522,18 @@ def test_a_full_or_read_only_disk_leaves_what_was_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, fail)
-        words = {errno.ENOSPC: "the disk is full.*--store DIR", errno.EROFS: "no permission.*--store DIR"}[number]
+        words = {
+            errno.ENOSPC: "the disk is full.*--store DIR",
+            errno.EROFS: "no permission.*--store DIR",
+        }[number]
         with pytest.raises(UserError, match=f"cannot be written: {words}"):
             extract(folder.asked(tmp_path / "store"))
     after = FeatureStore.open(tmp_path / "store")
     assert after.computed()[:40].all() and after.damaged() == []
     assert np.array_equal(np.fromfile(file, np.float32, offset=128)[: before.size], before.ravel())
     assert content(folder.extract(tmp_path / "store"))["files"] == {
-        file.stem: folder.extract(tmp_path / "other").file(file.stem).read_bytes()[:128] + _in_order(tmp_path)
+        file.stem: folder.extract(tmp_path / "other").file(file.stem).read_bytes()[:128]
+        + _in_order(tmp_path)
     }
 
 
@@ -453,7 +546,11 @@ def _in_order(tmp_path: Path) -> bytes:
 def test_a_disk_without_room_is_refused_before_anything_is_computed(
     tmp_path: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch, read: list[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 100})())
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: os.terminal_size((0, 0)) and type("U", (), {"free": 100})(),
+    )
     with pytest.raises(UserError, match="needs 0 MB more and the disk has 0 MB free"):
         extract(folder.asked(tmp_path / "store"))
     assert read == []
@@ -477,7 +574,9 @@ def test_perceptual_hashes_are_kept_of_the_pixels_that_the_first_backbone_was_fe
     bad = store.paths.index("a/30.png")
     assert store.has_perceptual.tolist() == store.valid.tolist() and store.perceptual[bad] == 0
     assert store.perceptual.dtype == np.uint64
-    expected = [perceptual_hash(decode(folder.photos / store.paths[row], 8, 3)) for row in store.rows()]
+    expected = [
+        perceptual_hash(decode(folder.photos / store.paths[row], 8, 3)) for row in store.rows()
+    ]
     assert store.perceptual[store.rows()].tolist() == expected and len(set(expected)) == 39
     again = folder.extract(tmp_path / "store", "large")
     assert np.array_equal(again.perceptual, store.perceptual), "the one of side 12 changes none"
@@ -487,7 +586,9 @@ def test_perceptual_hashes_are_kept_of_the_pixels_that_the_first_backbone_was_fe
     row, gone = (store.paths.index(path) for path in ("a/4.png", "b/7.png"))
     assert changed.perceptual[row] == perceptual_hash(decode(folder.photos / "a/4.png", 12, 3))
     assert not changed.has_perceptual[gone]
-    assert np.array_equal(np.delete(changed.perceptual, [row, gone]), np.delete(store.perceptual, [row, gone]))
+    assert np.array_equal(
+        np.delete(changed.perceptual, [row, gone]), np.delete(store.perceptual, [row, gone])
+    )
 
 
 def test_a_store_from_before_perceptual_hashes_opens_and_gets_them_for_what_is_read(
@@ -503,11 +604,17 @@ def test_a_store_from_before_perceptual_hashes_opens_and_gets_them_for_what_is_r
     assert not old.has_perceptual.any() and not old.perceptual.any() and old.computed().all()
     Image.fromarray(colours(98)).save(folder.photos / "b/99.png")
     grown = folder.extract(tmp_path / "old")
-    assert np.flatnonzero(grown.has_perceptual).tolist() == [40], "nothing is read again for its sake"
-    assert content(folder.extract(tmp_path / "old", "two")) == content(folder.extract(tmp_path / "new", "one", "two"))
+    assert np.flatnonzero(grown.has_perceptual).tolist() == [40], (
+        "nothing is read again for its sake"
+    )
+    assert content(folder.extract(tmp_path / "old", "two")) == content(
+        folder.extract(tmp_path / "new", "one", "two")
+    )
 
 
-def test_deep_grey_transparent_and_tiny_images_have_a_perceptual_hash(tmp_path: Path, folder: Folder) -> None:
+def test_deep_grey_transparent_and_tiny_images_have_a_perceptual_hash(
+    tmp_path: Path, folder: Folder
+) -> None:
     grey = colours(50)[..., 0]
     files = {
         "deep": Image.fromarray(grey.astype(np.uint16) * 257),
@@ -525,7 +632,9 @@ def test_deep_grey_transparent_and_tiny_images_have_a_perceptual_hash(tmp_path: 
     assert store.has_perceptual.sum() == 44
 
 
-def test_images_are_tried_again_once_their_reader_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_tried_again_once_their_reader_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from deepclust.data import images
 
     root = tmp_path / "photos"
@@ -538,7 +647,9 @@ def test_images_are_tried_again_once_their_reader_is_installed(tmp_path: Path, m
     for _ in range(2):
         assert extract(asked) == 0
         store = FeatureStore.open(tmp_path / "store")
-        assert store.status.tolist() == ["ok", "unreadable"] and "deepclust[heic]" in store.reasons[1]
+        assert (
+            store.status.tolist() == ["ok", "unreadable"] and "deepclust[heic]" in store.reasons[1]
+        )
     Image.fromarray(colours(1)).save(tmp_path / "x.png")
     state = os.stat(root / "b.heic")
     monkeypatch.setattr(images, "_reads_heif", lambda: True)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from deepclust.data.ahead import perceptual_hash
 from deepclust.data.images import decode
 from deepclust.data.transparency import GREY, WHITE, background
+from deepclust.features.decode_ahead import perceptual_hash
 
 SIDE = 32
 SHAPES = ("disc", "bar", "frame")
@@ -32,7 +32,9 @@ def mask(shape: str, side: int = SIDE) -> Image.Image:
     return image
 
 
-def icon(shape: str, colour: tuple[int, int, int], hidden: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+def icon(
+    shape: str, colour: tuple[int, int, int], hidden: tuple[int, int, int] = (0, 0, 0)
+) -> Image.Image:
     image = Image.new("RGB", (SIDE, SIDE), hidden)
     image.paste(colour, mask=mask(shape))
     image.putalpha(mask(shape))
@@ -45,7 +47,9 @@ def rgba16(image: Image.Image) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", *image.size, 16, 6, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    packed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    packed = [
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -57,7 +61,9 @@ def save(image: Image.Image, kind: str, folder: Path) -> Path:
     elif kind == "png LA":
         image.convert("LA").save(path)
     elif kind in ("png P", "gif"):
-        indexed = Image.fromarray((np.asarray(image)[..., 3] > 127).astype(np.uint8), "L").convert("P")
+        indexed = Image.fromarray((np.asarray(image)[..., 3] > 127).astype(np.uint8), "L").convert(
+            "P"
+        )
         colour = np.asarray(image)[np.asarray(image)[..., 3] > 127][0, :3].tolist()
         indexed.putpalette([0, 0, 0, *colour])
         indexed.save(path, transparency=0)
@@ -72,7 +78,9 @@ def save(image: Image.Image, kind: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["png", "png 16", "png LA", "png P", "png tRNS", "gif", "tif", "tif PA", "webp"])
+@pytest.mark.parametrize(
+    "kind", ["png", "png 16", "png LA", "png P", "png tRNS", "gif", "tif", "tif PA", "webp"]
+)
 def test_white_icons_are_told_apart_and_dark_ones_lie_on_white(kind: str, tmp_path: Path) -> None:
     for shape in SHAPES:
         visible = np.asarray(mask(shape)) > 0
@@ -80,7 +88,10 @@ def test_white_icons_are_told_apart_and_dark_ones_lie_on_white(kind: str, tmp_pa
         assert (white[:, visible] == 255).all() and (white[:, ~visible] == GREY).all()
         dark = decode(save(icon(shape, (20, 40, 30), (255, 0, 0)), kind, tmp_path), SIDE, 1)[0]
         assert (dark[~visible] == WHITE).all() and dark[visible].max() < 60
-    hashes = {perceptual_hash(decode(save(icon(s, (255, 255, 255)), kind, tmp_path), SIDE, 3)) for s in SHAPES}
+    hashes = {
+        perceptual_hash(decode(save(icon(s, (255, 255, 255)), kind, tmp_path), SIDE, 3))
+        for s in SHAPES
+    }
     assert len(hashes) == 3, "no near-duplicates of each other"
 
 
@@ -96,7 +107,9 @@ def test_white_icons_are_told_apart_and_dark_ones_lie_on_white(kind: str, tmp_pa
         ((0, 0, 0), WHITE),
     ],
 )
-def test_the_background_is_white_unless_that_hides_the_icon(colour: tuple[int, int, int], level: int) -> None:
+def test_the_background_is_white_unless_that_hides_the_icon(
+    colour: tuple[int, int, int], level: int
+) -> None:
     assert {background(icon(shape, colour)) for shape in SHAPES} == {level}
 
 
@@ -128,4 +141,6 @@ def test_an_image_whose_alpha_is_nothing_everywhere_shows_its_colours(tmp_path: 
     for kind in ("png", "tif", "webp", "png 16"):
         assert (decode(save(image, kind, tmp_path), SIDE, 3) == colours.transpose(2, 0, 1)).all()
     blank = Image.new("RGBA", (SIDE, SIDE), (10, 20, 30, 0))
-    assert (decode(save(blank, "png", tmp_path), SIDE, 3) == 255).all(), "one colour and nothing visible: blank"
+    assert (decode(save(blank, "png", tmp_path), SIDE, 3) == 255).all(), (
+        "one colour and nothing visible: blank"
+    )

@@ -1,4 +1,6 @@
-"""Views: both engines against torchvision, closed forms, distributions, and independence of the cut into batches."""
+"""Views: both engines against torchvision, closed forms, distributions, and independence of the cut
+into batches.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms.v2 import functional as TF
 
+from deepclust.config.augment import op_targets
 from deepclust.data.random import sample_keys
-from deepclust.data.view_ops import op_targets
-from deepclust.data.views import ViewTransform, build_views
+from deepclust.data.views.transform import ViewTransform, build_views
 from deepclust.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "augment"
@@ -37,7 +39,9 @@ def smooth_images(count: int, channels: int, height: int = 32, width: int = 32) 
     return (fine.clamp(0, 1) * 255).to(torch.uint8)
 
 
-def raw_view(description: list[dict[str, Any]], size: int | tuple[int, int] = 32, channels: int = 3) -> ViewTransform:
+def raw_view(
+    description: list[dict[str, Any]], size: int | tuple[int, int] = 32, channels: int = 3
+) -> ViewTransform:
     """A view whose normalisation changes nothing."""
     return ViewTransform(description, size, (0.0,) * channels, (1.0,) * channels)
 
@@ -47,7 +51,9 @@ def augment_of(name: str) -> dict[str, Any]:
 
 
 def facts(channels: int, size: int = 24) -> SimpleNamespace:
-    return SimpleNamespace(size=(size, size), mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.25, 0.3)[:channels])
+    return SimpleNamespace(
+        size=(size, size), mean=(0.4, 0.5, 0.6)[:channels], std=(0.2, 0.25, 0.3)[:channels]
+    )
 
 
 # --- the sets that come with the program
@@ -61,7 +67,9 @@ def test_every_set_makes_its_views_with_both_engines(name: str, channels: int):
     images = smooth_images(6, channels, 40, 56)
     for name, view in build_views(augment, facts(channels), list(augment["views"])).items():
         size = view.size
-        assert size == ((24, 24) if name != "local" else size) and (name != "local" or size != (24, 24))
+        assert size == ((24, 24) if name != "local" else size) and (
+            name != "local" or size != (24, 24)
+        )
         batch = view.batch(images, keys(6))
         samples = torch.stack([view.sample(image, int(key)) for image, key in zip(images, keys(6))])
         for views in (batch, samples):
@@ -71,7 +79,9 @@ def test_every_set_makes_its_views_with_both_engines(name: str, channels: int):
 
 @pytest.mark.parametrize("name", SETS)
 def test_clean_leaves_pixels_of_images_that_have_the_size(name: str):
-    images = torch.randint(0, 256, (5, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (5, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     augment = {"size": None, "views": {"clean": [{"resize": {}}, {"center_crop": {}}]}}
     clean = build_views(augment, facts(3), ["clean"])["clean"]
     expected = TF.normalize(images / 255, list(facts(3).mean), list(facts(3).std))
@@ -89,10 +99,15 @@ def test_a_view_depends_on_its_image_and_key_only(name: str, channels: int):
         whole = view.batch(images, keys(20))
         assert torch.equal(images, before[0]) and torch.equal(torch.get_rng_state(), before[1])
         parts = torch.cat(
-            [view.batch(images[rows], keys(20)[rows]) for rows in (slice(0, 7), slice(7, 8), slice(8, 20))]
+            [
+                view.batch(images[rows], keys(20)[rows])
+                for rows in (slice(0, 7), slice(7, 8), slice(8, 20))
+            ]
         )
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
-        torch.testing.assert_close(view.batch(images[order], keys(20)[order]), whole[order], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            view.batch(images[order], keys(20)[order]), whole[order], atol=1e-5, rtol=0
+        )
         sample = view.sample(images[3], int(keys(20)[3]))
         assert torch.equal(sample, view.sample(images[3], int(keys(20)[3])))
         assert torch.equal(torch.get_rng_state(), before[1])
@@ -110,7 +125,13 @@ def test_views_of_one_image_differ_by_slot(name: str):
 
 # --- each operation: the two engines, given the same key, look alike
 
-TOLERANCE = {"equalize": 0.03, "color_jitter": 0.04, "random_resized_crop": 0.01, "resize": 0.01, "auto_contrast": 0.01}
+TOLERANCE = {
+    "equalize": 0.03,
+    "color_jitter": 0.04,
+    "random_resized_crop": 0.01,
+    "resize": 0.01,
+    "auto_contrast": 0.01,
+}
 
 
 def needed(name: str) -> Mapping[str, Any]:
@@ -132,17 +153,34 @@ def test_engines_agree(name: str, channels: int):
 
 @pytest.mark.parametrize("name", IMAGE_OPS)
 def test_values_stay_in_range(name: str):
-    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     views = raw_view([{name: needed(name)}]).batch(images, keys(12))
     assert views.min() >= -1e-6 and views.max() <= 1 + 1e-6
 
 
 CHAINS = {
-    "crop, mirror": [{"random_resized_crop": {"scale": [0.3, 0.6]}}, {"horizontal_flip": {"p": 1.0}}],
-    "mirror, crop": [{"horizontal_flip": {"p": 1.0}}, {"random_resized_crop": {"scale": [0.3, 0.6]}}],
-    "turn, shift, shear": [{"rotate": {}}, {"translate_x": {"limit": 0.2}}, {"shear_y": {"limit": 0.2}}],
+    "crop, mirror": [
+        {"random_resized_crop": {"scale": [0.3, 0.6]}},
+        {"horizontal_flip": {"p": 1.0}},
+    ],
+    "mirror, crop": [
+        {"horizontal_flip": {"p": 1.0}},
+        {"random_resized_crop": {"scale": [0.3, 0.6]}},
+    ],
+    "turn, shift, shear": [
+        {"rotate": {}},
+        {"translate_x": {"limit": 0.2}},
+        {"shear_y": {"limit": 0.2}},
+    ],
     "shift, crop, posterise": [{"translate_y": {}}, {"random_resized_crop": {}}, {"posterize": {}}],
-    "some of them": [{"horizontal_flip": {}}, {"contrast": {"p": 0.3}}, {"gamma": {"p": 0.6}}, {"cutout": {"p": 0.5}}],
+    "some of them": [
+        {"horizontal_flip": {}},
+        {"contrast": {"p": 0.3}},
+        {"gamma": {"p": 0.6}},
+        {"cutout": {"p": 0.5}},
+    ],
 }
 
 
@@ -150,7 +188,8 @@ CHAINS = {
 def test_engines_agree_on_chains(description: list[dict[str, Any]]):
     images, view = smooth_images(16, 3), raw_view(description)
     samples = torch.stack([view.sample(image, int(key)) for image, key in zip(images, keys(16))])
-    # nearer the border, one interpolation may show what the first of several would have moved out of the image
+    # nearer the border, one interpolation may show what the first of several would have moved out
+    # of the image
     assert (view.batch(images, keys(16)) - samples)[:, :, 10:-10, 10:-10].abs().mean() < 0.012
 
 
@@ -159,9 +198,14 @@ def test_colour_operations_of_a_group_follow_each_other():
     fixed = [{"brightness": {"factor": [0.6, 0.6]}}, {"contrast": {"factor": [0.5, 0.5]}}]
     theirs = TF.adjust_contrast(TF.adjust_brightness(images / 255, 0.6), 0.5)
     torch.testing.assert_close(raw_view(fixed).batch(images, keys(6)), theirs, atol=2e-4, rtol=0)
-    turned_grey = [{"grayscale": {"p": 1.0}}, {"color_jitter": {"brightness": 0, "contrast": 0, "hue": 0.5, "p": 1.0}}]
+    turned_grey = [
+        {"grayscale": {"p": 1.0}},
+        {"color_jitter": {"brightness": 0, "contrast": 0, "hue": 0.5, "p": 1.0}},
+    ]
     theirs = TF.rgb_to_grayscale(images / 255, num_output_channels=3)
-    torch.testing.assert_close(raw_view(turned_grey).batch(images, keys(6)), theirs, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        raw_view(turned_grey).batch(images, keys(6)), theirs, atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["horizontal_flip", "contrast", "gamma"])
@@ -187,7 +231,13 @@ def test_unknown_names_get_the_nearest_one():
     augment = augment_of("cifar")
     assert "did you mean simclr?" in message(augment, ["simcrl"])
     wrong = {
-        "views": {"weak": [{"horizontal_flop": {}}, {"color_jitter": {"brightnes": 1}}, {"cutout": {"fraction": 2}}]}
+        "views": {
+            "weak": [
+                {"horizontal_flop": {}},
+                {"color_jitter": {"brightnes": 1}},
+                {"cutout": {"fraction": 2}},
+            ]
+        }
     }
     lines = message(wrong, ["weak"]).splitlines()
     assert len(lines) == 3
@@ -215,7 +265,9 @@ def test_wrong_descriptions_are_refused_in_words(entry: Any, words: str):
 
 
 def test_painting_comes_last():
-    assert "at the end" in message({"views": {"weak": [{"cutout": {}}, {"horizontal_flip": {}}]}}, ["weak"])
+    assert "at the end" in message(
+        {"views": {"weak": [{"cutout": {}}, {"horizontal_flip": {}}]}}, ["weak"]
+    )
 
 
 def test_wrong_sections_are_refused():
@@ -230,8 +282,16 @@ def test_wrong_sections_are_refused():
 def test_a_view_may_have_a_size_of_its_own():
     """In pixels, whatever the section's size, or as a share of it; the crop fills it."""
     crop = [{"random_resized_crop": {}}]
-    views = {"plain": crop, "pixels": {"size": 10, "ops": crop}, "share": {"size": 0.5, "ops": crop}}
-    views |= {"null": {"size": None, "ops": crop}, "whole": {"size": 1.0, "ops": crop}, "two": {"size": 2, "ops": crop}}
+    views = {
+        "plain": crop,
+        "pixels": {"size": 10, "ops": crop},
+        "share": {"size": 0.5, "ops": crop},
+    }
+    views |= {
+        "null": {"size": None, "ops": crop},
+        "whole": {"size": 1.0, "ops": crop},
+        "two": {"size": 2, "ops": crop},
+    }
     for size, sides in ((None, (24, 10, 12, 24, 24, 2)), (20, (20, 10, 10, 20, 20, 2))):
         built = build_views({"size": size, "views": views}, facts(3), list(views))
         assert [view.size[0] for view in built.values()] == list(sides)

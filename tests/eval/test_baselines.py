@@ -8,9 +8,9 @@ import torch
 from sklearn.datasets import make_blobs
 from threadpoolctl import threadpool_info
 
+from deepclust.clustering.baselines import NAMES, baselines
 from deepclust.errors import UserError
 from deepclust.eval import clustering_scores
-from deepclust.eval.baselines import NAMES, baselines
 
 X, Y = make_blobs(150, 16, centers=4, cluster_std=1.0, random_state=1)
 X = X.astype(np.float32)
@@ -28,7 +28,9 @@ def test_all_find_plain_clusters_and_a_second_run_the_same() -> None:
 
 
 def test_features_are_compared_by_direction_alone() -> None:
-    scaled = torch.from_numpy(X) * torch.rand(150, 1, generator=torch.Generator().manual_seed(0)).add(0.1)
+    scaled = torch.from_numpy(X) * torch.rand(
+        150, 1, generator=torch.Generator().manual_seed(0)
+    ).add(0.1)
     plain, other = (baselines(x, 4, which=["kmeans", "spectral"]) for x in (X, scaled))
     for name in ("kmeans", "spectral"):
         assert clustering_scores(plain.labels[name], other.labels[name])["ari"] == 1
@@ -55,7 +57,9 @@ def test_failures_are_reasons() -> None:
 
 def test_equal_rows_end_no_run() -> None:
     found = baselines(np.ones((40, 8), np.float32), 3, pixels=np.ones((40, 4)))
-    assert all(found.labels[name] is None and "same features" in found.reasons[name] for name in NAMES)
+    assert all(
+        found.labels[name] is None and "same features" in found.reasons[name] for name in NAMES
+    )
     two = np.eye(2, 8, dtype=np.float32)[np.arange(40) % 2]
     found = baselines(two, 3)
     assert set(found.labels) == set(NAMES)

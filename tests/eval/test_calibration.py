@@ -11,8 +11,12 @@ from deepclust.eval import calibration_scores
 from deepclust.eval.calibration import aurc, auroc, equal_mass_bins, equal_width_bins
 
 
-def sample(seed: int = 0, rows: int = 900, classes: int = 4, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities (N, K) in which column c is class c, and classes that they are right about now and then."""
+def sample(
+    seed: int = 0, rows: int = 900, classes: int = 4, noise: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (N, K) in which column c is class c, and classes that they are right about now
+    and then.
+    """
     rng = np.random.default_rng(seed)
     target = rng.integers(0, classes, rows)
     logits = 2 * np.eye(classes)[target] + noise * rng.normal(size=(rows, classes))
@@ -26,7 +30,9 @@ def test_brier_nll_and_auroc_are_those_of_scikit_learn(seed):
     scores = calibration_scores(p, target)
     correct = p.argmax(1) == target
     assert scores["acc"] == correct.mean()
-    assert scores["brier"] == pytest.approx(brier_score_loss(target, p, scale_by_half=False), abs=1e-12)
+    assert scores["brier"] == pytest.approx(
+        brier_score_loss(target, p, scale_by_half=False), abs=1e-12
+    )
     assert scores["nll"] == pytest.approx(log_loss(target, p), abs=1e-12)
     assert scores["auroc"] == pytest.approx(roc_auc_score(correct, p.max(1)), abs=1e-12)
 
@@ -41,7 +47,9 @@ def test_ece_and_aurc_are_their_definitions_written_out():
         if inside.any():
             ece += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
     order = np.argsort(-confidence)
-    adaptive = np.mean([abs((confidence[part] - correct[part]).mean()) for part in np.split(order, 15)])
+    adaptive = np.mean(
+        [abs((confidence[part] - correct[part]).mean()) for part in np.split(order, 15)]
+    )
     risks = [1 - correct[order[:n]].mean() for n in range(1, len(p) + 1)]
     assert scores["ece"] == pytest.approx(ece, abs=1e-12)
     assert scores["adaptive_ece"] == pytest.approx(adaptive, abs=1e-12)
@@ -55,7 +63,9 @@ def test_a_constant_confidence_shows_that_ece_alone_proves_nothing():
     p = np.full((len(target), 4), (1 - acc) / 3)
     p[np.arange(len(target)), predicted] = acc
     scores = calibration_scores(p, target)
-    assert scores["ece"] == pytest.approx(0, abs=1e-12) and scores["adaptive_ece"] == pytest.approx(0, abs=1e-12)
+    assert scores["ece"] == pytest.approx(0, abs=1e-12) and scores["adaptive_ece"] == pytest.approx(
+        0, abs=1e-12
+    )
     assert scores["auroc"] == 0.5 and scores["aurc"] == pytest.approx(1 - acc)
 
 
@@ -75,7 +85,9 @@ def test_more_clusters_than_classes():
     scores = calibration_scores(p, [0, 0, 0, 0, 1, 1, 1, 1])
     assert scores["acc"] == 7 / 8
     assert scores["nll"] == pytest.approx(-(4 * np.log(0.8) + 3 * np.log(0.7) + np.log(0.3)) / 8)
-    rows = 4 * (0.2**2 + 0.1**2 + 0.1**2) + 3 * (0.1**2 + 0.3**2 + 0.2**2) + 0.1**2 + 0.7**2 + 0.6**2
+    rows = (
+        4 * (0.2**2 + 0.1**2 + 0.1**2) + 3 * (0.1**2 + 0.3**2 + 0.2**2) + 0.1**2 + 0.7**2 + 0.6**2
+    )
     assert scores["brier"] == pytest.approx(rows / 8)
 
 
@@ -93,7 +105,9 @@ def test_reliability_bins_add_up_to_everything():
     scores = calibration_scores(p, target, num_bins=10)
     bins = scores["reliability"]
     assert sum(part["count"] for part in bins) == len(p)
-    assert sum(part["count"] * part["acc"] for part in bins) == pytest.approx(len(p) * scores["acc"])
+    assert sum(part["count"] * part["acc"] for part in bins) == pytest.approx(
+        len(p) * scores["acc"]
+    )
     assert all(part["lower"] < part["confidence"] <= part["upper"] for part in bins)
     gap = sum(part["count"] * abs(part["acc"] - part["confidence"]) for part in bins) / len(p)
     assert gap == pytest.approx(scores["ece"])
@@ -109,7 +123,10 @@ def test_ranking_with_ties_and_without_errors():
     confidence, correct = np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False])
     assert auroc(confidence, correct) == pytest.approx(roc_auc_score(correct, confidence))
     assert aurc(confidence, correct) == pytest.approx((0 + 0.25 + 1 / 3 + 0.5) / 4)
-    assert auroc(confidence, np.ones(4, dtype=bool)) is None and aurc(confidence, np.ones(4, dtype=bool)) == 0
+    assert (
+        auroc(confidence, np.ones(4, dtype=bool)) is None
+        and aurc(confidence, np.ones(4, dtype=bool)) == 0
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,7 +8,7 @@ from sklearn.datasets import make_blobs
 from sklearn.linear_model import Ridge
 from sklearn.metrics import cohen_kappa_score, normalized_mutual_info_score
 
-from deepclust.eval.choice import CRITERIA, _left_out, choose, consensus, criteria
+from deepclust.clustering.choice import CRITERIA, _left_out, choose, consensus, criteria
 
 X, Y = make_blobs(80, 6, centers=4, cluster_std=1.0, random_state=1)
 RANDOM = np.random.default_rng(0).integers(0, 4, 80)
@@ -18,7 +18,9 @@ NEARLY = np.where(np.arange(80) < 8, RANDOM, Y)
 def test_every_criterion_prefers_the_plain_clusters() -> None:
     scores = criteria(X, {"random": RANDOM, "nearly": NEARLY, "right": Y})
     for criterion in CRITERIA:
-        assert scores["right"][criterion] >= scores["nearly"][criterion] > scores["random"][criterion], criterion
+        assert (
+            scores["right"][criterion] >= scores["nearly"][criterion] > scores["random"][criterion]
+        ), criterion
     assert all(choose(scores, criterion) in ("right", "nearly") for criterion in CRITERIA)
     assert choose(scores, "self_prediction") == "right" and scores["right"]["mean_rank"] > 0.8
     with pytest.raises(ValueError, match="choose one of neighbor_agreement"):

@@ -9,7 +9,12 @@ import pytest
 from deepclust.eval.collapse import CollapseAlarm
 
 LN10 = math.log(10)
-SOUND = {"cross_entropy": 0.9, "clusters_used": 10, "assignment_entropy": 2.2, "mean_confidence": 0.8}
+SOUND = {
+    "cross_entropy": 0.9,
+    "clusters_used": 10,
+    "assignment_entropy": 2.2,
+    "mean_confidence": 0.8,
+}
 COLLAPSED = [
     ({"cross_entropy": LN10}, "ln 10"),
     ({"clusters_used": 1}, "only 1 of 10"),
@@ -31,7 +36,12 @@ def test_each_alarm_says_what_and_what_to_try_once(figures: dict[str, float], wo
     alarm = CollapseAlarm("scan", patience=3)
     heard = [alarm.check(step, 10, **figures) for step in range(8)]
     assert [len(messages) for messages in heard] == [0, 0, 1, 0, 0, 0, 0, 0]
-    assert words in heard[2][0] and "Try" in heard[2][0] and "scan" in heard[2][0] and "step 2" in heard[2][0]
+    assert (
+        words in heard[2][0]
+        and "Try" in heard[2][0]
+        and "scan" in heard[2][0]
+        and "step 2" in heard[2][0]
+    )
     assert "\n" not in heard[2][0]
     assert alarm.check(9, 10, **figures, evaluated=True) == []
 
@@ -44,9 +54,16 @@ def test_figures_of_the_whole_data_set_count_at_once(figures: dict[str, float], 
 def test_a_good_figure_starts_the_count_again() -> None:
     alarm = CollapseAlarm(patience=2)
     values = [LN10, 1.0, LN10, LN10]
-    assert [len(alarm.check(step, 10, cross_entropy=value)) for step, value in enumerate(values)] == [0, 0, 0, 1]
+    assert [
+        len(alarm.check(step, 10, cross_entropy=value)) for step, value in enumerate(values)
+    ] == [0, 0, 0, 1]
 
 
 def test_one_cluster_cannot_collapse() -> None:
     alarm = CollapseAlarm(patience=1)
-    assert alarm.check(0, 1, cross_entropy=0.0, clusters_used=1, assignment_entropy=0.0, mean_confidence=1.0) == []
+    assert (
+        alarm.check(
+            0, 1, cross_entropy=0.0, clusters_used=1, assignment_entropy=0.0, mean_confidence=1.0
+        )
+        == []
+    )

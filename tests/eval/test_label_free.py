@@ -50,7 +50,9 @@ def test_silhouette_is_scikit_learns_and_none_where_undefined() -> None:
     assert silhouette(X, Y) == pytest.approx(silhouette_score(X, Y, metric="cosine"))
     assert silhouette(X, np.zeros(300, int)) is None
     assert silhouette(X, np.arange(300)) is None
-    assert silhouette(X, Y, max_samples=100, seed=3) == silhouette(torch.from_numpy(X), Y, max_samples=100, seed=3)
+    assert silhouette(X, Y, max_samples=100, seed=3) == silhouette(
+        torch.from_numpy(X), Y, max_samples=100, seed=3
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,12 @@ def test_equals_scikit_learn(labels: tuple[np.ndarray, np.ndarray]) -> None:
     scores = clustering_scores(predicted, target)
     counts, _, _ = contingency(predicted, target)
     assert (counts == contingency_matrix(target, predicted).T).all()
-    assert scores["nmi"] == pytest.approx(reference.normalized_mutual_info_score(target, predicted), abs=1e-7)
-    assert scores["ari"] == pytest.approx(reference.adjusted_rand_score(target, predicted), abs=1e-12)
+    assert scores["nmi"] == pytest.approx(
+        reference.normalized_mutual_info_score(target, predicted), abs=1e-7
+    )
+    assert scores["ari"] == pytest.approx(
+        reference.adjusted_rand_score(target, predicted), abs=1e-12
+    )
     named = np.array([scores["matching"].get(int(cluster), -1) for cluster in predicted])
     classes = np.unique(target)
     assert scores["acc"] == pytest.approx(reference.accuracy_score(target, named))
@@ -105,9 +109,14 @@ def test_more_clusters_than_classes_and_fewer() -> None:
 def test_head_medium_and_tail_are_told_by_frequency_not_by_name() -> None:
     sizes = {7: 5, 3: 100, 0: 60, 9: 40, 1: 40, 2: 30, 4: 20, 5: 10, 6: 80, 8: 2}
     target = np.concatenate([np.full(size, name) for name, size in sizes.items()])
-    wrong = np.isin(target, (3, 5, 8))  # one class of the head and two of the tail get no cluster of their own
+    wrong = np.isin(
+        target, (3, 5, 8)
+    )  # one class of the head and two of the tail get no cluster of their own
     scores = clustering_scores(np.where(wrong, 0, target), target)
-    assert (scores["head_acc"], scores["medium_acc"]) == (pytest.approx(2 / 3), 1)  # 3 and 0 share, 3 has more
+    assert (scores["head_acc"], scores["medium_acc"]) == (
+        pytest.approx(2 / 3),
+        1,
+    )  # 3 and 0 share, 3 has more
     assert scores["tail_acc"] == pytest.approx(1 / 3)
     groups = {"head_acc": [3, 6, 0], "medium_acc": [1, 9, 2, 4], "tail_acc": [5, 7, 8]}
     recall = scores["class_recall"]
@@ -115,7 +124,10 @@ def test_head_medium_and_tail_are_told_by_frequency_not_by_name() -> None:
         assert scores[group] == pytest.approx(np.mean([recall[name] for name in members])), group
     balanced = np.repeat(np.arange(10), 4)
     held_out = clustering_scores(np.where(balanced == 8, 0, balanced), balanced, class_sizes=sizes)
-    assert held_out["tail_acc"] == pytest.approx(2 / 3) and held_out["head_acc"] in (1, pytest.approx(2 / 3))
+    assert held_out["tail_acc"] == pytest.approx(2 / 3) and held_out["head_acc"] in (
+        1,
+        pytest.approx(2 / 3),
+    )
 
 
 def test_groups_of_few_classes_and_of_a_hundred() -> None:
@@ -125,7 +137,9 @@ def test_groups_of_few_classes_and_of_a_hundred() -> None:
         "medium_acc": 0.2,
         "tail_acc": 0.1,
     }
-    hundred = group_accuracies(dict(enumerate(range(100))), {name: 100 - name for name in range(100)})
+    hundred = group_accuracies(
+        dict(enumerate(range(100))), {name: 100 - name for name in range(100)}
+    )
     assert hundred == {"head_acc": 14.5, "medium_acc": 49.5, "tail_acc": 84.5}
     assert imbalance([3, 3, 3, 3, 5, 9, 9]) == 4
 
@@ -134,7 +148,9 @@ def test_tensors_and_arrays_give_the_same() -> None:
     rng = np.random.default_rng(0)
     predicted, target = rng.integers(0, 13, 500), rng.integers(0, 7, 500)
     expected = clustering_scores(predicted, target)
-    assert clustering_scores(torch.from_numpy(predicted), torch.from_numpy(target).float()) == expected
+    assert (
+        clustering_scores(torch.from_numpy(predicted), torch.from_numpy(target).float()) == expected
+    )
     assert clustering_scores(predicted.tolist(), target.astype(np.uint8)) == expected
 
 
@@ -142,7 +158,9 @@ def test_large_counts_do_not_overflow() -> None:
     predicted = np.repeat([0, 1], 200_000)
     target = np.roll(predicted, 1000)
     scores = clustering_scores(predicted, target)
-    assert scores["ari"] == pytest.approx(reference.adjusted_rand_score(target, predicted), abs=1e-12)
+    assert scores["ari"] == pytest.approx(
+        reference.adjusted_rand_score(target, predicted), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(

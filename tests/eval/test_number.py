@@ -1,4 +1,6 @@
-"""Numbers of clusters where they are known, the parts against networkx and by hand, and what cannot be told."""
+"""Numbers of clusters where they are known, the parts against networkx and by hand, and what cannot
+be told.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import pytest
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import NearestNeighbors
 
-from deepclust.eval.number import (
+from deepclust.clustering.number import (
     CRITERIA,
     agrees,
     density_peaks,
@@ -42,9 +44,14 @@ def test_the_order_of_rows_and_their_lengths_do_not_matter() -> None:
     x = blobs(6, 200, spread=0.9)
     random = np.random.default_rng(0)
     first = estimate_num_clusters(x, largest=9)
-    other = estimate_num_clusters((x * random.uniform(0.5, 2, size=(200, 1)))[random.permutation(200)], largest=9)
+    other = estimate_num_clusters(
+        (x * random.uniform(0.5, 2, size=(200, 1)))[random.permutation(200)], largest=9
+    )
     assert (first.k, first.sure) == (other.k, other.sure)
-    assert first.votes["peaks"] == other.votes["peaks"] and first.votes["eigengap"] == other.votes["eigengap"]
+    assert (
+        first.votes["peaks"] == other.votes["peaks"]
+        and first.votes["eigengap"] == other.votes["eigengap"]
+    )
     assert estimate_num_clusters(x, largest=9) == first
 
 
@@ -57,7 +64,10 @@ def test_curves_and_votes_belong_together() -> None:
     ks, values = found.curves["modularity"]
     assert found.votes["modularity"] == ks[int(np.argmax(values))]
     heights = found.curves["peaks"][1]
-    assert heights == sorted(heights, reverse=True) and sum(height >= 2.5 for height in heights) == 4 - 2
+    assert (
+        heights == sorted(heights, reverse=True)
+        and sum(height >= 2.5 for height in heights) == 4 - 2
+    )
 
 
 def test_noise_is_not_sure() -> None:
@@ -74,8 +84,16 @@ def test_the_statement_says_what_the_votes_say() -> None:
     assert text.startswith("Probably 9 clusters, between 4 and 10: 3 of 5 criteria")
     assert "peaks 9, modularity 10, eigengap 11, agreement 4, prediction 2" in text
     assert "unclear, 6 is a guess between 4 and 10: 0 of 5" in statement(6, 4, 10, votes)
-    assert "no two groups" not in text and "no two groups" in statement(9, 4, 10, votes, apart=False)
-    assert agrees(3, 4) and agrees(8, 10) and agrees(25, 20) and not agrees(26, 20) and not agrees(2, 4)
+    assert "no two groups" not in text and "no two groups" in statement(
+        9, 4, 10, votes, apart=False
+    )
+    assert (
+        agrees(3, 4)
+        and agrees(8, 10)
+        and agrees(25, 20)
+        and not agrees(26, 20)
+        and not agrees(2, 4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,13 +146,18 @@ def test_modularity_is_that_of_networkx() -> None:
     graph = networkx.MultiGraph([(row, other) for row in range(60) for other in near[row]])
     labels = np.arange(60) % 4
     parts = [set(np.flatnonzero(labels == label)) for label in range(4)]
-    assert modularity(labels, near) == pytest.approx(networkx.algorithms.community.modularity(graph, parts))
+    assert modularity(labels, near) == pytest.approx(
+        networkx.algorithms.community.modularity(graph, parts)
+    )
 
 
 def test_prediction_strength_by_counting_pairs() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     assigned = np.array([0, 0, 1, 1, 1, 0])
-    same = [[assigned[i] == assigned[j] for j in range(6) if labels[j] == labels[i] and j != i] for i in range(6)]
+    same = [
+        [assigned[i] == assigned[j] for j in range(6) if labels[j] == labels[i] and j != i]
+        for i in range(6)
+    ]
     expected = np.mean([np.mean(row) if row else 0 for row in same])
     assert prediction_strength(labels, assigned) == pytest.approx(expected)
     assert prediction_strength(np.arange(9) // 3, np.arange(9) // 3) == 1

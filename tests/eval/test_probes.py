@@ -20,14 +20,20 @@ TRAIN, TEST = (X[:400], Y[:400]), (X[400:], Y[400:])
 def test_knn_vote_equals_scikit_learns() -> None:
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (TRAIN[0], TEST[0])]
     # on unit vectors cosine = 1 - d²/2
-    reference = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)).fit(unit[0], TRAIN[1])
-    assert knn_probe(*TRAIN, test=TEST) == pytest.approx(reference.score(unit[1], TEST[1]), abs=2 / 200)
+    reference = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07)).fit(
+        unit[0], TRAIN[1]
+    )
+    assert knn_probe(*TRAIN, test=TEST) == pytest.approx(
+        reference.score(unit[1], TEST[1]), abs=2 / 200
+    )
 
 
 def test_linear_probe_reaches_scikit_learns_optimum() -> None:
     scaler = StandardScaler().fit(TRAIN[0])
     # mean loss + decay/2 |w|² is scikit-learn's sum of losses + |w|² / 2C with C = 1 / (decay · N)
-    reference = LogisticRegression(C=1 / (1e-3 * 400), max_iter=500).fit(scaler.transform(TRAIN[0]), TRAIN[1])
+    reference = LogisticRegression(C=1 / (1e-3 * 400), max_iter=500).fit(
+        scaler.transform(TRAIN[0]), TRAIN[1]
+    )
     expected = reference.score(scaler.transform(TEST[0]), TEST[1])
     assert linear_probe(*TRAIN, test=TEST) == pytest.approx(expected, abs=2 / 200)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepclust.eval import calibration_scores, clustering_scores
-from deepclust.eval.second_opinion import (
+from deepclust.eval.confidence import (
     agreement,
     constant_confidence,
     independent_clusterings,
@@ -38,11 +38,17 @@ def test_other_numbers_of_clusters_agree_where_they_can():
 
 
 def test_clusterings_that_err_independently_estimate_the_accuracy():
-    """Errors at random towards one other class each: two calibrated clusterings agree as often as they are right."""
+    """Errors at random towards one other class each: two calibrated clusterings agree as often as
+    they are right.
+    """
     random = np.random.default_rng(0)
     target = random.integers(0, 4, 20_000)
-    hard = random.random(20_000) < 0.4  # on these every clustering tosses a coin between two classes
-    drawn = [np.where(hard & (random.random(20_000) < 0.5), (target + 1) % 4, target) for _ in range(3)]
+    hard = (
+        random.random(20_000) < 0.4
+    )  # on these every clustering tosses a coin between two classes
+    drawn = [
+        np.where(hard & (random.random(20_000) < 0.5), (target + 1) % 4, target) for _ in range(3)
+    ]
     estimate = agreement(drawn[0], {"a": drawn[1:]}).mean()
     assert estimate == pytest.approx(clustering_scores(drawn[0], target)["acc"], abs=0.01)
 
@@ -51,14 +57,18 @@ def test_clusterings_that_err_independently_estimate_the_accuracy():
 def test_independent_clusterings_find_clusters_that_are_there(distance):
     random = np.random.default_rng(1)
     target = random.integers(0, 4, 400)
-    features = (distance * random.normal(size=(4, 24)) / 24**0.5)[target] + random.normal(size=(400, 24)) / 5
+    features = (distance * random.normal(size=(4, 24)) / 24**0.5)[target] + random.normal(
+        size=(400, 24)
+    ) / 5
     found = independent_clusterings(features, 4)
     assert {family: len(each) for family, each in found.items()} == {"k-means": 2, "spectral": 2}
     for labels in [labels for each in found.values() for labels in each]:
         assert labels.shape == (400,)
         assert clustering_scores(labels, target)["acc"] > 0.95
     again = independent_clusterings(torch.from_numpy(features), 4)
-    assert all(np.array_equal(a, b) for family in found for a, b in zip(found[family], again[family]))
+    assert all(
+        np.array_equal(a, b) for family in found for a, b in zip(found[family], again[family])
+    )
 
 
 def test_a_temperature_of_one_changes_nothing_and_the_order_stays():
@@ -87,7 +97,11 @@ def test_saturated_probabilities_can_be_scaled():
 def test_a_constant_confidence_keeps_the_clusters():
     predicted = np.array([2, 0, 1, 1])
     p = constant_confidence(predicted, 3, 0.6)
-    assert np.array_equal(p.argmax(1), predicted) and np.allclose(p.max(1), 0.6) and np.allclose(p.sum(1), 1)
+    assert (
+        np.array_equal(p.argmax(1), predicted)
+        and np.allclose(p.max(1), 0.6)
+        and np.allclose(p.sum(1), 1)
+    )
     scores = calibration_scores(p, [2, 0, 1, 0])
     assert scores["ece"] == pytest.approx(abs(0.75 - 0.6)) and scores["auroc"] == 0.5
 
@@ -98,5 +112,7 @@ def test_what_the_estimate_says_is_what_labels_would_say_if_agreement_were_corre
     correct = p.argmax(1) == target
     estimate = label_free_calibration(p, correct.astype(float))
     assert estimate["accuracy"] == correct.mean()
-    gap = sum(part["count"] * abs(part["acc"] - part["confidence"]) for part in estimate["reliability"]) / len(p)
+    gap = sum(
+        part["count"] * abs(part["acc"] - part["confidence"]) for part in estimate["reliability"]
+    ) / len(p)
     assert estimate["ece"] == pytest.approx(gap)

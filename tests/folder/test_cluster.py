@@ -1,4 +1,6 @@
-"""`deepclust cluster` from end to end on small folders: what it leaves, asks, refuses, and keeps stable."""
+"""`deepclust cluster` from end to end on small folders: what it leaves, asks, refuses, and keeps
+stable.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from PIL import Image
 
 from deepclust import Clusterer
 from deepclust.cli.main import main
+from deepclust.collection.append import inherit
+from deepclust.collection.derived import Derived
+from deepclust.collection.history import State
+from deepclust.collection.run import FolderRun
 from deepclust.data.store import FeatureStore
-from deepclust.folder.derived import Derived
-from deepclust.folder.grow import inherit
-from deepclust.folder.run import FolderRun
-from deepclust.folder.state import State
 from tests.folder.toys import NETS, toy_photos
 
 
@@ -29,7 +31,14 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     toy_photos(tmp_path / "photos", 60)
     (tmp_path / "nets.py").write_text(NETS.format(labels=False))
-    return ["cluster", "photos", "--backbone", "nets.py:colours", "--clusterers", "spectral,spherical_kmeans,ward"]
+    return [
+        "cluster",
+        "photos",
+        "--backbone",
+        "nets.py:colours",
+        "--clusterers",
+        "spectral,spherical_kmeans,ward",
+    ]
 
 
 def table(run: str) -> list[dict[str, str]]:
@@ -51,15 +60,27 @@ def test_one_command_leaves_everything(words: list[str], capsys: pytest.CaptureF
     run = "outputs/clusters-photos-k3"
     assert "3 clusters, by diffusion, spectral, spherical_kmeans" in said
     assert "red/broken.png: not an image" in said
-    assert {each: len(clusters) for each, clusters in colours(run).items()} == {"blue": 1, "green": 1, "red": 1}
-    assert sum(len(each) for each in colours(run).values()) == len(set.union(*colours(run).values()))
+    assert {each: len(clusters) for each, clusters in colours(run).items()} == {
+        "blue": 1,
+        "green": 1,
+        "red": 1,
+    }
+    assert sum(len(each) for each in colours(run).values()) == len(
+        set.union(*colours(run).values())
+    )
     lines = table(run)
     assert len(lines) == 62 and all(0 < float(line["confidence"]) <= 1 for line in lines)
-    assert [Path(line["path"]).name for line in lines if line["duplicate_of"]] == ["copy0.png", "copy1.png"]
+    assert [Path(line["path"]).name for line in lines if line["duplicate_of"]] == [
+        "copy0.png",
+        "copy1.png",
+    ]
     assert parquet.read_table(f"{run}/clusters.parquet").column("cluster").to_pylist() == [
         int(line["cluster"]) for line in lines
     ]
-    assert "broken.png" in Path(run, "left_out.csv").read_text() and "<canvas" in Path(run, "report.html").read_text()
+    assert (
+        "broken.png" in Path(run, "left_out.csv").read_text()
+        and "<canvas" in Path(run, "report.html").read_text()
+    )
     assert len([path for path in Path(run, "sorted").rglob("*.png") if path.is_symlink()]) == 62
     opened = FolderRun.open(run)
     state = opened.state()
@@ -71,16 +92,28 @@ def test_the_number_of_clusters_is_found_and_its_curves_are_in_the_report(words:
     assert main(words) == 0
     run = FolderRun.open("outputs/clusters-photos-kauto")
     number = run.facts["number"]
-    assert number["k"] == 3 and len(run.state().ids) == 3 and number["statement"] in capsys.readouterr().out
+    assert (
+        number["k"] == 3
+        and len(run.state().ids) == 3
+        and number["statement"] in capsys.readouterr().out
+    )
     page = (run.path / "report.html").read_text()
-    assert "Number of clusters" in page and all(name in number["curves"] for name in number["votes"])
+    assert "Number of clusters" in page and all(
+        name in number["curves"] for name in number["votes"]
+    )
 
 
-def test_another_k_reuses_features_and_what_was_made_of_them(words: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_another_k_reuses_features_and_what_was_made_of_them(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+):
     assert main([*words, "-k", "3"]) == 0
-    made = {path: path.stat().st_mtime_ns for path in Path("outputs/features-photos/derived").iterdir()}
+    made = {
+        path: path.stat().st_mtime_ns for path in Path("outputs/features-photos/derived").iterdir()
+    }
     assert main([*words, "-k", "4"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in Path("outputs/features-photos/derived").iterdir()} == made
+    assert {
+        path: path.stat().st_mtime_ns for path in Path("outputs/features-photos/derived").iterdir()
+    } == made
     assert len({line["cluster"] for line in table("outputs/clusters-photos-k4")}) == 4
     assert len({line["cluster"] for line in table("outputs/clusters-photos-k3")}) == 3
 
@@ -92,21 +125,27 @@ def test_features_that_are_there_need_no_network(words: list[str], monkeypatch: 
         raise AssertionError("the network was built")
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepclust.encoders.find_encoder", refuse)
+        patch.setattr("deepclust.features.encoder.find_encoder", refuse)
         assert main([*words, "-k", "4"]) == 0
         Image.new("RGB", (14, 10), "white").save("photos/new.png")
         assert main([*words, "-k", "4"]) == 1
     Path("nets.py").write_text(NETS.format(labels=True))
     with monkeypatch.context() as patch:
-        patch.setattr("deepclust.encoders.find_encoder", refuse)
+        patch.setattr("deepclust.features.encoder.find_encoder", refuse)
         assert main([*words, "-k", "4"]) == 1
     assert main([*words, "-k", "4"]) == 0 and len(table("outputs/clusters-photos-k4")) == 63
 
 
-def test_the_same_command_gives_the_same_bytes(words: list[str], capsys: pytest.CaptureFixture[str]):
+def test_the_same_command_gives_the_same_bytes(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
     assert main([*words, "-k", "3"]) == 0
     run = Path("outputs/clusters-photos-k3")
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix in (".csv", ".parquet")}
+    before = {
+        path.name: path.read_bytes()
+        for path in run.iterdir()
+        if path.suffix in (".csv", ".parquet")
+    }
     assert main([*words, "-k", "3"]) == 0 and "nothing changed since" in capsys.readouterr().out
     assert {name: (run / name).read_bytes() for name in before} == before
     shutil.rmtree("outputs")
@@ -130,7 +169,11 @@ def test_new_images_join_the_clusters_that_are_there(words: list[str]):
     gone = set(before) - set(after)
     assert {Path(path).name for path in gone} == {"001.png"} and len(set(after) - set(before)) == 5
     assert all(after[path] == cluster for path, cluster in before.items() if path not in gone)
-    assert {each: len(clusters) for each, clusters in colours(run).items()} == {"blue": 1, "green": 1, "red": 1}
+    assert {each: len(clusters) for each, clusters in colours(run).items()} == {
+        "blue": 1,
+        "green": 1,
+        "red": 1,
+    }
     assert FolderRun.open(run).history.verbs == ["cluster", "append"]
 
 
@@ -171,7 +214,9 @@ def test_an_edited_run_is_not_overwritten(words: list[str], capsys: pytest.Captu
         (["--appendd"], "did you mean --append?"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(words: list[str], more: list[str], message: str, capsys):
+def test_what_cannot_be_is_refused_in_words(
+    words: list[str], more: list[str], message: str, capsys
+):
     assert main([*words, *more]) == 2
     assert message in capsys.readouterr().err
 
@@ -204,12 +249,16 @@ def test_a_stop_keeps_what_was_made(words: list[str], monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepclust.folder.cluster.find_clusters", stop)
+        patch.setattr("deepclust.collection.cluster.find_clusters", stop)
         assert main([*words, "-k", "3"]) == 143
     assert "the same command goes on from there" in capsys.readouterr().out
     assert main([*words, "-k", "3"]) == 0
     facts = json.loads(Path("outputs/clusters-photos-k3/run.json").read_text())
-    assert facts["clusterer"] in facts["choice"] and set(facts["choice"]) == {"spectral", "spherical_kmeans", "ward"}
+    assert facts["clusterer"] in facts["choice"] and set(facts["choice"]) == {
+        "spectral",
+        "spherical_kmeans",
+        "ward",
+    }
 
 
 def test_inherited_ids_never_change_their_meaning():
@@ -228,14 +277,20 @@ def test_inherited_ids_never_change_their_meaning():
 
     old = state([5, 5, 5, 2, 2, 2, 7, 7], names={5: "cats", 7: "dogs"}, next_id=9)
     new = inherit(old, state([0, 0, 0, 1, 1, 1, 2, 2], next_id=3))
-    assert new.cluster.tolist() == [5, 5, 5, 2, 2, 2, 7, 7] and new.names == old.names and new.next_id == 9
+    assert (
+        new.cluster.tolist() == [5, 5, 5, 2, 2, 2, 7, 7]
+        and new.names == old.names
+        and new.next_id == 9
+    )
     other = inherit(old, state([0, 0, 0, 0, 0, 0, 1, 2], next_id=3))
     assert set(other.cluster.tolist()) & {0, 1, 3, 4, 6, 8} == set() and other.next_id >= 9
     fresh = inherit(old, state([0, 1, 0, 1], rows=[20, 21, 22, 23], next_id=2))
     assert fresh.cluster.tolist() == [9, 10, 9, 10] and fresh.names == {} and fresh.next_id == 11
 
 
-def test_sorted_stays_with_append_and_goes_only_where_it_is_said(words: list[str], capsys: pytest.CaptureFixture[str]):
+def test_sorted_stays_with_append_and_goes_only_where_it_is_said(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
     run = Path("outputs/clusters-photos-k3")
     assert main([*words, "-k", "3"]) == 0
     Image.new("RGB", (14, 10), "blue").save("photos/blue/new.png")
@@ -246,7 +301,10 @@ def test_sorted_stays_with_append_and_goes_only_where_it_is_said(words: list[str
     assert FolderRun.open(run).history.verbs == ["cluster", "append"]  # nothing is new
     capsys.readouterr()
     assert main([*words, "-k", "3"]) == 0
-    assert "sorted/, which --sort left, is cleared" in capsys.readouterr().out and not (run / "sorted").exists()
+    assert (
+        "sorted/, which --sort left, is cleared" in capsys.readouterr().out
+        and not (run / "sorted").exists()
+    )
 
 
 def test_images_whose_append_was_taken_back_can_be_appended_again(words: list[str]):
@@ -272,28 +330,40 @@ def test_seconds_are_those_of_the_command_and_do_not_pile_up(words: list[str]):
     assert facts[2]["files"] < facts[1]["files"] + facts[0]["files"]
 
 
-def test_places_that_cannot_be_written_are_named_with_the_option(words: list[str], monkeypatch, capsys):
+def test_places_that_cannot_be_written_are_named_with_the_option(
+    words: list[str], monkeypatch, capsys
+):
     Path("file").write_text("")
     for place in ("file", "file/below"):
         assert main([*words, "-k", "3", "--out", place]) == 2
         error = capsys.readouterr().err
-        assert f"{place} cannot be written: a file is in the way. Choose another place with --out DIR" in error
+        assert (
+            f"{place} cannot be written: a file is in the way. Choose another place with --out DIR"
+            in error
+        )
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepclust.run_folder.os.replace", full)
+        patch.setattr("deepclust.training.run_folder.os.replace", full)
         assert main([*words, "-k", "3"]) == 2
     assert "the disk is full" in (error := capsys.readouterr().err) and "--out DIR" in error
     assert main([*words, "-k", "3", "-o", "my run"]) == 0
     assert "next: deepclust edit 'my run'" in capsys.readouterr().out
     shutil.copytree("photos", "others/photos")
-    assert main(["cluster", "others/photos", *words[2:], "-k", "3", "--store", "store", "-o", "my run"]) == 2
+    assert (
+        main(
+            ["cluster", "others/photos", *words[2:], "-k", "3", "--store", "store", "-o", "my run"]
+        )
+        == 2
+    )
     assert "holds clusters of" in capsys.readouterr().err and not Path("store").exists()
 
 
-def test_too_few_images_are_told_what_would_do(words: list[str], capsys: pytest.CaptureFixture[str]):
+def test_too_few_images_are_told_what_would_do(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
     for count in range(1, 4):
         for copy in range(4):
             Path(f"few{count}").mkdir(exist_ok=True)
@@ -303,13 +373,16 @@ def test_too_few_images_are_told_what_would_do(words: list[str], capsys: pytest.
     assert "few2 holds 2 image(s); clustering needs three different ones" in capsys.readouterr().err
     assert main(["cluster", "few3", *words[2:]]) == 2
     assert (
-        "3 image(s) can be read, 2 of them near-duplicates of others; clustering needs three" in capsys.readouterr().err
+        "3 image(s) can be read, 2 of them near-duplicates of others; clustering needs three"
+        in capsys.readouterr().err
     )
     assert main([*words, "-k", "60"]) == 2
     assert "; choose from 2 to " in capsys.readouterr().err
 
 
-def test_a_folder_that_moved_keeps_its_clusters(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_moved_keeps_its_clusters(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = Path("outputs/clusters-photos-k3")
     assert main([*words, "-k", "3"]) == 0 and main(["edit", str(run), "rename", "0", "first"]) == 0
     before = [(Path(line["path"]).name, line["cluster"], line["name"]) for line in table(str(run))]
@@ -320,10 +393,24 @@ def test_a_folder_that_moved_keeps_its_clusters(words: list[str], tmp_path: Path
     for more in ([], ["--append"]):
         assert main([*words, "-k", "3", *more]) == 0
         after = table(str(run))
-        assert [(Path(line["path"]).name, line["cluster"], line["name"]) for line in after] == before
+        assert [
+            (Path(line["path"]).name, line["cluster"], line["name"]) for line in after
+        ] == before
         assert all(Path(line["path"]).is_file() for line in after)
     Path("photos").rename("pictures")
     assert (
-        main(["cluster", "pictures", *words[2:], "--store", "outputs/features-photos", "-o", str(run), "--append"]) == 0
+        main(
+            [
+                "cluster",
+                "pictures",
+                *words[2:],
+                "--store",
+                "outputs/features-photos",
+                "-o",
+                str(run),
+                "--append",
+            ]
+        )
+        == 0
     )
     assert all(Path(line["path"]).is_file() for line in table(str(run)))

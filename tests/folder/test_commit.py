@@ -1,4 +1,6 @@
-"""A kill between any two writes of a command leaves the run as it was before or as it is after, never a mix."""
+"""A kill between any two writes of a command leaves the run as it was before or as it is after,
+never a mix.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import pytest
 from PIL import Image
 
 from deepclust.cli import main
-from deepclust.folder.run import FolderRun
-from deepclust.folder.state import State
-from deepclust.run_folder import write_atomic
+from deepclust.collection.history import State
+from deepclust.collection.run import FolderRun
+from deepclust.runtime.files import write_atomic
 from tests.folder.toys import NETS, toy_photos
 
 FILES = ("clusters.csv", "clusters.parquet", "left_out.csv", "model.safetensors", "landmarks.npz")
@@ -35,7 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """20 images with 3 clusters in `run`; a copy of all is beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "deepclust.folder.page.write_page", lambda run, state: write_atomic(run.path / "report.html", "")
+        "deepclust.collection.report.write_page",
+        lambda run, state: write_atomic(run.path / "report.html", ""),
     )
     toy_photos(tmp_path / "photos", 20)
     (tmp_path / "nets.py").write_text(NETS.format(labels=False))
@@ -61,15 +64,27 @@ def outcome() -> dict[str, Any]:
     run = FolderRun.open("run")
     written = json.loads(Path("run/run.json").read_text())
     assert written["step"] == written["shown"] == run.history.digest()
-    facts = {key: value for key, value in written.items() if key not in ("seconds", "step", "shown")}
+    facts = {
+        key: value for key, value in written.items() if key not in ("seconds", "step", "shown")
+    }
     for figures in facts["choice"].values():
         figures.pop("seconds", None)
     state = run.state()
-    columns = {name: getattr(state, name).tolist() for name in ("rows", "cluster", "confidence", "position", "copy_of")}
+    columns = {
+        name: getattr(state, name).tolist()
+        for name in ("rows", "cluster", "confidence", "position", "copy_of")
+    }
     files = {name: Path("run", name).read_bytes() for name in FILES}
     names = sorted(path.name for path in Path("run").iterdir() if not path.name.startswith("."))
     verbs = sorted(path.stem[5:] for path in Path("run/history").glob("0*"))
-    return {"files": files, "facts": facts, "names": state.names, **columns, "folder": names, "verbs": verbs}
+    return {
+        "files": files,
+        "facts": facts,
+        "names": state.names,
+        **columns,
+        "folder": names,
+        "verbs": verbs,
+    }
 
 
 def killed_at(place: int, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -97,7 +112,9 @@ def killed_at(place: int, call: Callable[[], object], monkeypatch: pytest.Monkey
     return False
 
 
-def at_every_place(call: Callable[[], object], check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
+def at_every_place(
+    call: Callable[[], object], check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> int:
     """Kills the call at every change in turn and checks what it leaves. How many there were."""
     keep()
     for place in range(1, 100):
@@ -145,7 +162,10 @@ def test_an_append_and_its_undo_killed_between_any_two_writes(folder, monkeypatc
         assert FolderRun.open("run").history.verbs == ["cluster", "append"] and found == second
         assert main(["edit", "run", "undo"]) == 0
         found = outcome()
-        assert found["cluster"] == first["cluster"] and found["facts"]["digest"] == first["facts"]["digest"]
+        assert (
+            found["cluster"] == first["cluster"]
+            and found["facts"]["digest"] == first["facts"]["digest"]
+        )
 
     assert at_every_place(lambda: main(command(3, "--append")), check, monkeypatch) >= 8
     restore()
@@ -185,7 +205,11 @@ def test_a_run_of_before_steps_had_facts_goes_on(folder):
     before, scan = run.state(), run.facts["appended"][0][0]
     for file in run.history.files():
         State.load(file).save(file)
-    facts = {key: value for key, value in run.facts.items() if key not in ("step", "landmarks", "missing", "shown")}
+    facts = {
+        key: value
+        for key, value in run.facts.items()
+        if key not in ("step", "landmarks", "missing", "shown")
+    }
     Path("run/run.json").write_text(json.dumps({"format": 1, **facts}))
     assert main(["edit", "run"]) == 0 and main(["edit", "run", "rename", "0", "first"]) == 0
     assert main(["edit", "run", "undo"]) == 0

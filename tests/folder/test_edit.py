@@ -1,4 +1,6 @@
-"""`deepclust edit`: what each verb does, that ids keep their meaning, and that all of it can be taken back."""
+"""`deepclust edit`: what each verb does, that ids keep their meaning, and that all of it can be
+taken back.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,21 @@ import numpy as np
 import pytest
 
 from deepclust.cli.main import main
-from deepclust.folder import edit as edits
-from deepclust.folder import outputs
-from deepclust.folder.outputs import up_to_date, write_all, write_tables
-from deepclust.folder.run import FolderRun
-from deepclust.folder.state import State
+from deepclust.collection import edit as edits
+from deepclust.collection import outputs
+from deepclust.collection.history import State
+from deepclust.collection.outputs import up_to_date, write_all, write_tables
+from deepclust.collection.run import FolderRun
 from deepclust.model import Clusterer
-from deepclust.run_folder import release_lock, take_lock
+from deepclust.runtime.files import release_lock, take_lock
 from tests.folder.toys import toy_landmarks, toy_run
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> FolderRun:
-    found = toy_run(tmp_path_factory.mktemp("edit"), asked={"num_clusters": 3, "noise": True, "sort": "symlink"})
+    found = toy_run(
+        tmp_path_factory.mktemp("edit"), asked={"num_clusters": 3, "noise": True, "sort": "symlink"}
+    )
     toy_landmarks(found)
     write_all(found, found.state())
     return found
@@ -56,8 +60,13 @@ def clusters(run: FolderRun) -> dict[str, int]:
         return {line["path"]: int(line["cluster"]) for line in csv.DictReader(file)}
 
 
-def test_every_file_follows_and_undo_restores_them(run: FolderRun, capsys: pytest.CaptureFixture[str]):
-    before, model = (run.path / "clusters.csv").read_bytes(), (run.path / "model.safetensors").read_bytes()
+def test_every_file_follows_and_undo_restores_them(
+    run: FolderRun, capsys: pytest.CaptureFixture[str]
+):
+    before, model = (
+        (run.path / "clusters.csv").read_bytes(),
+        (run.path / "model.safetensors").read_bytes(),
+    )
     assert edit(run, "rename", 1, "  grass  green ") == 0
     assert edit(run, "merge", 0, "Grass Green") == 0
     said = capsys.readouterr().out
@@ -65,7 +74,10 @@ def test_every_file_follows_and_undo_restores_them(run: FolderRun, capsys: pytes
     assert "merged 1 (grass green) into 0; now 2 clusters" in said
     assert set(clusters(run).values()) == {-1, 0, 2} and run.state().names == {0: "grass green"}
     assert len(os.listdir(run.path / "sorted/000-grass green")) == 9
-    assert not (run.path / "sorted/001").exists() and "grass green" in (run.path / "report.html").read_text()
+    assert (
+        not (run.path / "sorted/001").exists()
+        and "grass green" in (run.path / "report.html").read_text()
+    )
     state = run.state()
     found = Clusterer.load(run.path).predict(run.features(state.rows))
     assert (np.asarray(found)[state.cluster >= 0] == state.cluster[state.cluster >= 0]).all()
@@ -87,8 +99,12 @@ def test_split_keeps_duplicates_together_and_the_id_with_the_largest_part(
     assert "split 0 (all) into 0 of " in capsys.readouterr().out
     state, after = run.state(), clusters(run)
     sizes = {each: sum(label == each for label in after.values()) for each in state.ids}
-    assert list(sizes) == [0, 3, 4] and sizes[0] >= sizes[3] >= sizes[4] and state.names == {0: "all"}
-    assert len({after[path] for path in after if "copy" in path or path.endswith("red/002.png")}) == 1
+    assert (
+        list(sizes) == [0, 3, 4] and sizes[0] >= sizes[3] >= sizes[4] and state.names == {0: "all"}
+    )
+    assert (
+        len({after[path] for path in after if "copy" in path or path.endswith("red/002.png")}) == 1
+    )
     pairs = {(before[path], after[path]) for path in after if before[path] >= 0}
     assert len(pairs) == 3  # the colours again
 
@@ -103,8 +119,14 @@ def test_exclude_takes_clusters_and_images_out(run: FolderRun, capsys: pytest.Ca
     inside = clusters(run)
     assert str(run.root / path) in out and not out & set(inside) and set(inside.values()) == {1, 2}
     assert len(out) + len(inside) == len(run.store)
-    assert edit(run, "exclude", run.root / path) == 2 and "is taken out already" in capsys.readouterr().err
-    assert edit(run, "exclude", 0) == 2 and "0: there is no such cluster; clusters are 1, 2" in capsys.readouterr().err
+    assert (
+        edit(run, "exclude", run.root / path) == 2
+        and "is taken out already" in capsys.readouterr().err
+    )
+    assert (
+        edit(run, "exclude", 0) == 2
+        and "0: there is no such cluster; clusters are 1, 2" in capsys.readouterr().err
+    )
     assert edit(run, "exclude", 1, 2) == 2 and "no cluster would be left" in capsys.readouterr().err
     assert edit(run) == 0
     said = capsys.readouterr().out
@@ -115,7 +137,9 @@ def test_exclude_takes_clusters_and_images_out(run: FolderRun, capsys: pytest.Ca
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("seed", range(4))
 def test_an_id_never_means_something_else_and_all_can_be_taken_back(run: FolderRun, seed: int):
-    """A cluster's images after any edits: of an id that is new, no earlier one; undone, the same bytes."""
+    """A cluster's images after any edits: of an id that is new, no earlier one; undone, the same
+    bytes.
+    """
     random = np.random.default_rng(seed)
     given = set(run.state().ids)  # ids that were ever seen
     tables = [(run.path / "clusters.csv").read_bytes()]
@@ -124,7 +148,11 @@ def test_an_id_never_means_something_else_and_all_can_be_taken_back(run: FolderR
         ids = before.ids
         verb = random.choice(["merge", "split", "rename", "exclude", "undo", "split"])
         chosen = random.choice(ids, min(len(ids), 2), replace=False).tolist()
-        words = {"merge": chosen, "rename": [chosen[0], f"name {random.integers(3)}"], "undo": []}.get(verb, chosen[:1])
+        words = {
+            "merge": chosen,
+            "rename": [chosen[0], f"name {random.integers(3)}"],
+            "undo": [],
+        }.get(verb, chosen[:1])
         code = edit(run, verb, *words)
         if code:
             assert (run.path / "clusters.csv").read_bytes() == tables[-1]
@@ -140,7 +168,9 @@ def test_an_id_never_means_something_else_and_all_can_be_taken_back(run: FolderR
             for each in set(after.ids) & set(before.ids):
                 was, now = before.cluster == each, after.cluster == each
                 assert (now & ~was).sum() == 0 or (verb == "merge" and each == chosen[0])
-        assert (run.path / "clusters.csv").read_bytes() == tables[-1] and up_to_date(FolderRun.open(run.path))
+        assert (run.path / "clusters.csv").read_bytes() == tables[-1] and up_to_date(
+            FolderRun.open(run.path)
+        )
     while len(tables) > 1:
         tables.pop()
         assert edit(run, "undo") == 0 and (run.path / "clusters.csv").read_bytes() == tables[-1]
@@ -148,21 +178,29 @@ def test_an_id_never_means_something_else_and_all_can_be_taken_back(run: FolderR
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_stop_before_the_files_are_written_is_seen(run: FolderRun, monkeypatch: pytest.MonkeyPatch):
+def test_a_stop_before_the_files_are_written_is_seen(
+    run: FolderRun, monkeypatch: pytest.MonkeyPatch
+):
     with monkeypatch.context() as patch:
-        patch.setattr(edits, "write_all", lambda run, state: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            edits, "write_all", lambda run, state: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert edit(run, "merge", 0, 1) == 130
     assert set(clusters(run).values()) == {-1, 0, 1, 2}
     assert edit(run) == 0
     assert set(clusters(run).values()) == {-1, 0, 2}
     with monkeypatch.context() as patch:
-        patch.setattr(edits, "write_all", lambda run, state: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            edits, "write_all", lambda run, state: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert edit(run, "undo") == 130
     assert edit(run, "rename", 17, "x") == 2
     assert set(clusters(run).values()) == {-1, 0, 1, 2}
 
 
-def test_words_that_do_not_fit_are_refused_with_what_would(run: FolderRun, capsys: pytest.CaptureFixture[str]):
+def test_words_that_do_not_fit_are_refused_with_what_would(
+    run: FolderRun, capsys: pytest.CaptureFixture[str]
+):
     state = run.state()
     run.history.push("rename", State(**{**state.__dict__, "names": {1: "grass"}}))
     run.facts[outputs.SHOWN] = run.history.digest()
@@ -175,7 +213,12 @@ def test_words_that_do_not_fit_are_refused_with_what_would(run: FolderRun, capsy
         ("merge", "noise", "0"): "noise is none: merge 0 noise",
         ("split", "0", "1"): "split takes one cluster",
         ("split", "noise"): "noise is no cluster, and cannot be split",
-        ("split", "0", "-n", "50"): "-n 50: cluster 0 has 4 images that are no near-duplicates; -n may be from 2 to 3",
+        (
+            "split",
+            "0",
+            "-n",
+            "50",
+        ): "-n 50: cluster 0 has 4 images that are no near-duplicates; -n may be from 2 to 3",
         ("split", "0", "-n", "1"): "-n may be from 2 to 3",
         ("split", "0", "-n", "x"): "invalid int value: 'x'",
         ("rename", "0", "12"): "a name must be no number",
@@ -194,7 +237,10 @@ def test_words_that_do_not_fit_are_refused_with_what_would(run: FolderRun, capsy
         assert edit(run, *words) == 2, words
         assert message in capsys.readouterr().err, words
     assert run.history.verbs == ["cluster", "rename"]
-    assert main(["edit", str(run.root)]) == 2 and "deepclust cluster IMAGES makes one" in capsys.readouterr().err
+    assert (
+        main(["edit", str(run.root)]) == 2
+        and "deepclust cluster IMAGES makes one" in capsys.readouterr().err
+    )
     lock = take_lock(run.path, "")
     try:
         assert edit(run, "merge", 0, 1) == 2 and "in use by another run" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""`--noise`: what lies apart is noise for the clusters, for the model, for appended images, before and after edits."""
+"""`--noise`: what lies apart is noise for the clusters, for the model, for appended images, before
+and after edits.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,25 @@ from sklearn.neighbors import LocalOutlierFactor
 
 from deepclust import Clusterer
 from deepclust.cli import main
+from deepclust.collection import derived as parts
+from deepclust.collection.derived import Derived
+from deepclust.collection.landmarks import Landmarks
+from deepclust.collection.run import FolderRun
 from deepclust.errors import UserError
-from deepclust.folder import derived as parts
-from deepclust.folder.derived import Derived
-from deepclust.folder.run import FolderRun
-from deepclust.folder.votes import Landmarks
 from tests.folder.toys import NETS, toy_photos
 
-COMMAND = ["cluster", "photos", "-k", "3", "-o", "run", "--store", "store", "--backbone", "nets.py:colours"]
+COMMAND = [
+    "cluster",
+    "photos",
+    "-k",
+    "3",
+    "-o",
+    "run",
+    "--store",
+    "store",
+    "--backbone",
+    "nets.py:colours",
+]
 COMMAND += ["--clusterers", "ward", "--noise"]
 
 
@@ -90,17 +103,23 @@ def test_without_noise_every_new_image_has_a_cluster(folder: Path):
 def test_edits_say_what_is_noise(folder: Path):
     odd("odd1", 1)
     assert main(["edit", "run", "merge", "0", "noise"]) == 0
-    assert "-1" not in predicted().values(), "what was noise is a cluster, and nothing is noise any more"
+    assert "-1" not in predicted().values(), (
+        "what was noise is a cluster, and nothing is noise any more"
+    )
     assert main(["edit", "run", "undo"]) == 0 and predicted()["odd1.png"] == "-1"
     run = FolderRun.open("run")
     state = run.state()
-    kept = replace(state, cluster=np.where(state.rows == state.rows[state.cluster == -1][0], 1, state.cluster))
+    kept = replace(
+        state, cluster=np.where(state.rows == state.rows[state.cluster == -1][0], 1, state.cluster)
+    )
     run.push("merge", kept)
     assert main(["edit", "run"]) == 0
     assert predicted()[Path(run.store.paths[state.rows[state.cluster == -1][0]]).name] == "1"
 
 
-def test_outliers_are_those_of_scikit_learn_on_landmarks_and_others(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_outliers_are_those_of_scikit_learn_on_landmarks_and_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(parts, "NUM_LANDMARKS", 40)
     run = FolderRun.open("run")
     for file in Path("store/derived").iterdir():
@@ -113,12 +132,16 @@ def test_outliers_are_those_of_scikit_learn_on_landmarks_and_others(folder: Path
     assert np.array_equal(derived.outlying[own], factors > high + 3 * (high - low))
     others = np.setdiff1d(np.flatnonzero(derived.copy_of < 0), own)
     assert len(others) > 10
-    assert np.array_equal(derived.outlying[others], -model.score_samples(x[others]) > high + 3 * (high - low))
+    assert np.array_equal(
+        derived.outlying[others], -model.score_samples(x[others]) > high + 3 * (high - low)
+    )
     copies = np.flatnonzero(derived.copy_of >= 0)
     assert np.array_equal(derived.outlying[copies], derived.outlying[derived.copy_of[copies]])
 
 
-def test_landmarks_of_an_earlier_version_learn_to_tell_noise(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_landmarks_of_an_earlier_version_learn_to_tell_noise(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     run = FolderRun.open("run")
     del run.facts["landmarks"]
     old = replace(Landmarks.load(run), noise=None)
@@ -136,7 +159,9 @@ def test_landmarks_of_an_earlier_version_learn_to_tell_noise(folder: Path, capsy
     assert table()["odd1.png"] == "-1" and predicted()["odd1.png"] == "-1"
 
 
-def test_a_model_that_tells_more_than_this_version_knows_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_tells_more_than_this_version_knows_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = Clusterer.load("run")
     assert model.network.head.tells_noise
     with monkeypatch.context() as later:

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from deepclust.folder.derived import Derived
-from deepclust.folder.outputs import up_to_date, write_all
-from deepclust.folder.run import FolderRun
-from deepclust.folder.tables import EXCLUDED, as_csv, clusters_table, duplicate_of
+from deepclust.collection.derived import Derived
+from deepclust.collection.outputs import up_to_date, write_all
+from deepclust.collection.run import FolderRun
+from deepclust.collection.tables import EXCLUDED, as_csv, clusters_table, duplicate_of
 from tests.folder.toys import toy_landmarks, toy_run
 
 COLUMNS = ["path", "cluster", "confidence", "x", "y", "neighbours", "duplicate_of", "name", "index"]
@@ -44,18 +44,28 @@ def test_all_files_are_there_and_both_tables_hold_the_same(run: FolderRun):
     assert (run.path / "report.html").is_file() and (run.path / "model.safetensors").is_file()
     table = pyarrow.parquet.read_table(run.path / "clusters.parquet")
     rows, found = lines(run.path / "clusters.csv"), table.to_pylist()
-    assert table.column_names == COLUMNS == list(rows[0]) and len(rows) == len(found) == len(state.kept)
+    assert table.column_names == COLUMNS == list(rows[0]) and len(rows) == len(found) == len(
+        state.kept
+    )
     for line, row in zip(rows, found):
         near = row.pop("neighbours")
         assert [int(word) for word in line.pop("neighbours").split()] == near["ids"]
         assert near["distances"] == sorted(near["distances"])
-        numbers = {"cluster": int, "index": int, "confidence": np.float32, "x": np.float32, "y": np.float32}
+        numbers = {
+            "cluster": int,
+            "index": int,
+            "confidence": np.float32,
+            "x": np.float32,
+            "y": np.float32,
+        }
         for name, value in row.items():
             if name in numbers:
                 assert numbers[name](line[name]) == numbers[name](value)
             else:
                 assert line[name] == (value or "")
-    assert [row["path"] for row in found] == [str(run.root / run.store.paths[row]) for row in state.rows[state.kept]]
+    assert [row["path"] for row in found] == [
+        str(run.root / run.store.paths[row]) for row in state.rows[state.kept]
+    ]
     assert {row["name"] for row in found if row["cluster"] == 2} == {'red, "very"\nred'}
     assert {row["cluster"] for row in found} == {-1, 0, 1, 2}
     out = {line["path"]: line["reason"] for line in lines(run.path / "left_out.csv")}
@@ -64,7 +74,9 @@ def test_all_files_are_there_and_both_tables_hold_the_same(run: FolderRun):
 
 
 def test_neighbours_are_rows_of_the_table_and_the_nearest_by_cosine(run: FolderRun):
-    state = run.history.files()[0] and replace(run.state(), excluded=np.arange(len(run.state().rows)) == 3)
+    state = run.history.files()[0] and replace(
+        run.state(), excluded=np.arange(len(run.state().rows)) == 3
+    )
     table = clusters_table(run, state, Derived(run.store, run.facts["backbone"]))
     x = run.features(state.rows[state.kept])
     cosines = x @ x.T
@@ -87,7 +99,15 @@ def test_a_group_whose_original_is_taken_out_has_another_one(run: FolderRun):
 
 
 def test_odd_paths_survive(run: FolderRun, monkeypatch: pytest.MonkeyPatch):
-    odd = ["a,b.png", 'q"uote.png', "new\nline.png", "return\rcarriage.png", "tab\t;.png", " blank ", "ünï日本.png"]
+    odd = [
+        "a,b.png",
+        'q"uote.png',
+        "new\nline.png",
+        "return\rcarriage.png",
+        "tab\t;.png",
+        " blank ",
+        "ünï日本.png",
+    ]
     paths = [*odd, "bytes\udcff.png", *run.store.paths[len(odd) + 1 :]]
     monkeypatch.setattr(run.store, "paths", paths)
     state = run.state()
@@ -96,13 +116,18 @@ def test_odd_paths_survive(run: FolderRun, monkeypatch: pytest.MonkeyPatch):
     assert read == table["path"].to_pylist()
     expected = [str(run.root / path) for path in [*odd, "bytes\\udcff.png"]]
     by_row = dict(zip(table["index"].to_pylist(), read))
-    assert [by_row[row] for row in range(8) if row in by_row] == [expected[row] for row in range(8) if row in by_row]
+    assert [by_row[row] for row in range(8) if row in by_row] == [
+        expected[row] for row in range(8) if row in by_row
+    ]
 
 
 def test_pandas_reads_both_alike(run: FolderRun):
     pandas = pytest.importorskip("pandas")
     state = run.state()
     write_all(run, state)
-    text, binary = pandas.read_csv(run.path / "clusters.csv"), pandas.read_parquet(run.path / "clusters.parquet")
+    text, binary = (
+        pandas.read_csv(run.path / "clusters.csv"),
+        pandas.read_parquet(run.path / "clusters.parquet"),
+    )
     assert (text["path"] == binary["path"]).all() and (text["cluster"] == binary["cluster"]).all()
     assert list(text) == list(binary) == COLUMNS

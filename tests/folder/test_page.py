@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from deepclust.cli.options import add_cluster_options
-from deepclust.folder.page import write_page
-from deepclust.folder.run import FolderRun
-from deepclust.folder.shown import choose, closeness, duplicate_groups
-from deepclust.folder.state import State, relabelled
+from deepclust.collection.history import State, relabelled
+from deepclust.collection.report import write_page
+from deepclust.collection.representatives import choose, closeness, duplicate_groups
+from deepclust.collection.run import FolderRun
 from tests.folder.toys import toy_run
 from tests.test_report import Page
 
@@ -41,7 +41,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FolderRun:
 
 def test_the_page_tells_what_was_found(run: FolderRun) -> None:
     _, page = page_of(run)
-    for words in ("3 clusters of 16 images", "trained with labels (supervised)", "two of three criteria agree", "k 2"):
+    for words in (
+        "3 clusters of 16 images",
+        "trained with labels (supervised)",
+        "two of three criteria agree",
+        "k 2",
+    ):
         assert words in page.text
     for words in (
         "1 group of 3 images",
@@ -52,11 +57,19 @@ def test_the_page_tells_what_was_found(run: FolderRun) -> None:
         assert words in page.text
     assert f"deepclust edit {run.path} merge 0 1" in page.text and "--append" in page.text
     assert page.text.index("Cluster 2 ") < page.text.index("Noise 1 image")
-    for address in (v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "src")):
+    for address in (
+        v for _, attrs in page.elements for k, v in attrs.items() if k in ("href", "src")
+    ):
         assert address and address.startswith(("#", "data:"))
-    leads = {attrs["aria-label"]: attrs["href"] for _, attrs in page.elements if "image=" in (attrs.get("href") or "")}
+    leads = {
+        attrs["aria-label"]: attrs["href"]
+        for _, attrs in page.elements
+        if "image=" in (attrs.get("href") or "")
+    }
     paths = [run.store.paths[row] for row in run.state().rows]
-    assert len(leads) == 17 and all(paths[int(to.partition("=")[2])] in label for label, to in leads.items())
+    assert len(leads) == 17 and all(
+        paths[int(to.partition("=")[2])] in label for label, to in leads.items()
+    )
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
 
@@ -68,9 +81,17 @@ def test_edits_names_and_images_that_were_taken_out(run: FolderRun) -> None:
     state = dataclasses.replace(state, excluded=excluded, names={2: "<b>fire</b>"})
     run.history.push("rename", state)
     text, page = page_of(run)
-    assert "<b>fire" not in text and "<b>fire</b> 6 images" in page.text and "cluster 2" in page.text
-    assert f"{run.store.paths[state.rows[3]]}: excluded by hand" in page.text and "15 images" in page.text
-    assert [word for word in ("cluster", "rename") if f"<li>{word}" in text] == ["cluster", "rename"]
+    assert (
+        "<b>fire" not in text and "<b>fire</b> 6 images" in page.text and "cluster 2" in page.text
+    )
+    assert (
+        f"{run.store.paths[state.rows[3]]}: excluded by hand" in page.text
+        and "15 images" in page.text
+    )
+    assert [word for word in ("cluster", "rename") if f"<li>{word}" in text] == [
+        "cluster",
+        "rename",
+    ]
     run.history.pop()
 
 
@@ -80,7 +101,12 @@ def test_the_command_that_appends_goes_on_with_this_run(run: FolderRun) -> None:
     parser = argparse.ArgumentParser()
     add_cluster_options(parser)
     asked = parser.parse_args(shlex.split(unescape(command[1]))[2:])
-    assert asked.append and asked.images == run.root and asked.out == run.path and asked.store == run.store.path
+    assert (
+        asked.append
+        and asked.images == run.root
+        and asked.out == run.path
+        and asked.store == run.store.path
+    )
     assert asked.backbone == [f"{run.path.parent / 'nets.py'}:colours"] and asked.weights == []
 
 
@@ -104,9 +130,15 @@ def test_closeness_is_that_of_a_plain_computation(run: FolderRun) -> None:
     near = closeness(run, state)
     features = np.asarray(run.store.features(), dtype=np.float64)[state.rows]
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    means = [features[(state.cluster == cluster) & (state.copy_of < 0)].mean(0) for cluster in state.ids]
+    means = [
+        features[(state.cluster == cluster) & (state.copy_of < 0)].mean(0) for cluster in state.ids
+    ]
     values = features @ np.array([mean / np.linalg.norm(mean) for mean in means]).T
-    own = np.where(state.cluster < 0, values.max(1), values[np.arange(len(values)), np.maximum(state.cluster, 0)])
+    own = np.where(
+        state.cluster < 0,
+        values.max(1),
+        values[np.arange(len(values)), np.maximum(state.cluster, 0)],
+    )
     np.testing.assert_allclose(near.own, own, atol=1e-5)
     values[state.cluster >= 0, state.cluster[state.cluster >= 0]] = -1
     assert (near.second == values.argmax(1)).all()
@@ -131,4 +163,7 @@ def test_groups_of_duplicates_come_largest_first(run: FolderRun) -> None:
     copy_of[[4, 5]], copy_of[[7, 8, 9]] = state.rows[2], state.rows[6]
     excluded = np.isin(np.arange(len(state.rows)), (2, 8))
     groups = duplicate_groups(dataclasses.replace(state, copy_of=copy_of, excluded=excluded))
-    assert [group.tolist() for group in groups] == [state.rows[[6, 7, 9]].tolist(), state.rows[[4, 5]].tolist()]
+    assert [group.tolist() for group in groups] == [
+        state.rows[[6, 7, 9]].tolist(),
+        state.rows[[4, 5]].tolist(),
+    ]

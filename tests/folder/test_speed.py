@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepclust.folder import speed
+from deepclust.collection import estimate as speed
 
 
 def test_more_work_takes_longer_and_a_slower_machine_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
 
 from deepclust import Clusterer
-from deepclust.folder.derived import Derived, leading_directions, place
-from deepclust.folder.state import relabelled
-from deepclust.folder.votes import FILE, Landmarks, clusterer_of, save_model, trust_in
-from deepclust.heads.votes import Votes, vote
+from deepclust.collection.derived import Derived, leading_directions, place
+from deepclust.collection.history import relabelled
+from deepclust.collection.landmarks import FILE, Landmarks, clusterer_of, save_model, trust_in
+from deepclust.heads.readout import Votes, vote
 from tests.folder.toys import toy_run
 
 
@@ -32,12 +32,16 @@ def test_votes_are_those_of_weighted_neighbours():
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     found = head(x[:400], y[:400], 4).predict(torch.from_numpy(x[400:]))
 
-    def weights(distances: np.ndarray) -> np.ndarray:  # squared chords of unit rows are 2 - 2 cosines
+    def weights(
+        distances: np.ndarray,
+    ) -> np.ndarray:  # squared chords of unit rows are 2 - 2 cosines
         cosines = 1 - distances**2 / 2
         return (cosines - cosines[:, -1:]) / (cosines[:, :1] - cosines[:, -1:])
 
     rounded = x[:400].astype(np.float16).astype(np.float32)
-    peer = KNeighborsClassifier(15, weights=weights).fit(rounded / np.linalg.norm(rounded, axis=1)[:, None], y[:400])
+    peer = KNeighborsClassifier(15, weights=weights).fit(
+        rounded / np.linalg.norm(rounded, axis=1)[:, None], y[:400]
+    )
     assert np.allclose(found.numpy(), peer.predict_proba(x[400:]), atol=2e-3)
 
 
@@ -47,14 +51,21 @@ def test_probabilities_sum_to_one_and_trust_lowers_the_confidence():
     clusters = torch.randint(5, (50, 15), generator=random)
     sure = vote(values, clusters, torch.ones(50, 15), 5)
     unsure = vote(values, clusters, torch.full((50, 15), 0.5), 5)
-    assert torch.allclose(sure.sum(1), torch.ones(50)) and torch.allclose(unsure.sum(1), torch.ones(50))
-    assert torch.equal(sure.argmax(1), unsure.argmax(1)) and (unsure.amax(1) <= sure.amax(1) + 1e-6).all()
+    assert torch.allclose(sure.sum(1), torch.ones(50)) and torch.allclose(
+        unsure.sum(1), torch.ones(50)
+    )
+    assert (
+        torch.equal(sure.argmax(1), unsure.argmax(1))
+        and (unsure.amax(1) <= sure.amax(1) + 1e-6).all()
+    )
     single = vote(values, clusters * 0, torch.full((50, 15), 0.3), 1)
     assert single.shape == (50, 1) and torch.isfinite(single).all()
 
 
 def test_an_anchor_keeps_its_cluster_whatever_its_neighbours_say():
-    x = np.eye(4, dtype=np.float32)[np.zeros(20, dtype=int)] + 0.02 * np.random.default_rng(0).normal(size=(20, 4))
+    x = np.eye(4, dtype=np.float32)[np.zeros(20, dtype=int)] + 0.02 * np.random.default_rng(
+        0
+    ).normal(size=(20, 4))
     labels = np.zeros(20, dtype=np.int64)
     labels[7] = 1
     found = head(x.astype(np.float32), labels, 2).predict(torch.from_numpy(x.astype(np.float32)))
@@ -62,7 +73,9 @@ def test_an_anchor_keeps_its_cluster_whatever_its_neighbours_say():
 
 
 def test_leading_directions_are_those_of_an_svd():
-    x = np.random.default_rng(0).normal(size=(300, 40)).astype(np.float32) * np.linspace(3, 0.1, 40, dtype=np.float32)
+    x = np.random.default_rng(0).normal(size=(300, 40)).astype(np.float32) * np.linspace(
+        3, 0.1, 40, dtype=np.float32
+    )
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     basis = leading_directions(x, np.arange(300), 5)
     right = np.linalg.svd(unit, full_matrices=False)[2][:5]
@@ -79,11 +92,21 @@ def test_derived_parts_are_made_once_and_neighbours_are_exact(tmp_path: Path):
     near = x @ x.T - 2 * np.eye(len(x))
     assert np.allclose(values, -np.sort(-near, axis=1)[:, : values.shape[1]], atol=1e-5)
     assert first.map.shape == (len(x), 2) and np.isfinite(first.map).all()
-    assert set(told) == {"leading directions of the features", "nearest neighbours", "near-duplicates", "", "a map"}
+    assert set(told) == {
+        "leading directions of the features",
+        "nearest neighbours",
+        "near-duplicates",
+        "",
+        "a map",
+    }
     assert len(told) == 5
     again = Derived(run.store, run.facts["backbone"], told.append)
     told.clear()
-    assert np.array_equal(again.map, first.map) and np.array_equal(again.neighbors[1], places) and not told
+    assert (
+        np.array_equal(again.map, first.map)
+        and np.array_equal(again.neighbors[1], places)
+        and not told
+    )
     copies = {first.rows[at] for at in np.flatnonzero(first.copy_of >= 0)}
     assert {run.store.paths[row] for row in copies} == {"red/copy0.png", "red/copy1.png"}
 
@@ -102,7 +125,9 @@ def run_with_landmarks(tmp_path: Path):
     derived = Derived(run.store, run.facts["backbone"])
     x = derived.x[torch.from_numpy(derived.landmarks)].numpy().astype(np.float16)
     rows = derived.rows[derived.landmarks]
-    Landmarks(rows, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(run.path / FILE)
+    Landmarks(rows, x, np.ones(len(x), dtype=np.float32), derived.basis.numpy()).save(
+        run.path / FILE
+    )
     return run
 
 
@@ -111,7 +136,9 @@ def test_a_run_s_model_gives_back_its_clusters_and_follows_edits(run_with_landma
     save_model(run, state)
     found = Clusterer.load(run.path)
     clustered = state.cluster >= 0
-    assert np.array_equal(found.predict(run.features(state.rows))[clustered], state.cluster[clustered])
+    assert np.array_equal(
+        found.predict(run.features(state.rows))[clustered], state.cluster[clustered]
+    )
     merged = relabelled(state, np.where(state.cluster == 2, 0, state.cluster))
     assert set(clusterer_of(run, merged).predict(run.features(state.rows))) == {0, 1}
     gone = replace(merged, excluded=merged.cluster == 1)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deepclust.collection.derived import Derived
+from deepclust.collection.history import State
+from deepclust.collection.landmarks import FILE, Landmarks
+from deepclust.collection.run import FolderRun
 from deepclust.data.store import FeatureStore
-from deepclust.extract import Asked, extract
-from deepclust.folder.derived import Derived
-from deepclust.folder.run import FolderRun
-from deepclust.folder.state import State
-from deepclust.folder.votes import FILE, Landmarks
+from deepclust.features.extract import Asked, extract
 
 COLOURS = {"blue": 2, "green": 1, "red": 0}
 NETS = """
@@ -34,7 +34,8 @@ def colours():
 def toy_photos(root: Path, num_images: int = 14, copies: int = 2, broken: bool = True) -> Path:
     """A folder of `num_images` blue, green and red images of 14 x 10 px, a sub-folder each.
 
-    The last `copies` red ones are byte for byte the first red one. broken: one more file that is no image.
+    The last `copies` red ones are byte for byte the first red one. broken: one more file that is no
+    image.
     """
     random = np.random.default_rng(0)
     names = list(COLOURS)
@@ -52,14 +53,18 @@ def toy_photos(root: Path, num_images: int = 14, copies: int = 2, broken: bool =
 
 
 def toy_store(folder: Path, photos: Path, labels: bool | None = False) -> FeatureStore:
-    """Features (N, 12) of these photos in `folder`/store. labels: what the backbone says of its own training."""
+    """Features (N, 12) of these photos in `folder`/store. labels: what the backbone says of its own
+    training.
+    """
     (folder / "nets.py").write_text(NETS.format(labels=labels))
     extract(Asked(photos, folder / "store", [f"{folder / 'nets.py'}:colours"]))
     return FeatureStore.open(folder / "store")
 
 
 def toy_state(store: FeatureStore) -> State:
-    """Clusters 0, 1, 2 for blue, green, red; the first image of all is noise; copies point to what they copy."""
+    """Clusters 0, 1, 2 for blue, green, red; the first image of all is noise; copies point to what
+    they copy.
+    """
     rows = store.rows()
     random = np.random.default_rng(1)
     colour = np.array([list(COLOURS).index(store.paths[row].split("/")[0]) for row in rows])
@@ -70,17 +75,26 @@ def toy_state(store: FeatureStore) -> State:
         copy_of[place] = first if first != row else -1
     cluster = colour.copy()
     cluster[0] = -1
-    position = (np.stack([colour * 3.0, colour % 2 * 4.0], 1) + random.normal(0, 0.3, (len(rows), 2))).astype(
-        np.float32
-    )
+    position = (
+        np.stack([colour * 3.0, colour % 2 * 4.0], 1) + random.normal(0, 0.3, (len(rows), 2))
+    ).astype(np.float32)
     confidence = random.uniform(0.4, 1, len(rows)).astype(np.float32)
     return State(
-        rows, cluster, confidence, position.astype(np.float32), copy_of, np.zeros(len(rows), dtype=bool), {}, 3
+        rows,
+        cluster,
+        confidence,
+        position.astype(np.float32),
+        copy_of,
+        np.zeros(len(rows), dtype=bool),
+        {},
+        3,
     )
 
 
 def toy_run(folder: Path, labels: bool | None = False, **facts: Any) -> FolderRun:
-    """A run in `folder`/run over photos in `folder`/photos and features in `folder`/store; facts: further ones."""
+    """A run in `folder`/run over photos in `folder`/photos and features in `folder`/store; facts:
+    further ones.
+    """
     photos = toy_photos(folder / "photos")
     store = toy_store(folder, photos, labels)
     (folder / "run").mkdir()
@@ -90,7 +104,10 @@ def toy_run(folder: Path, labels: bool | None = False, **facts: Any) -> FolderRu
         "backbone": store.backbone().name,
         "asked": {"num_clusters": 3, "noise": True, "sort": None, "seed": 0},
         "clusterer": "kmeans",
-        "choice": {"kmeans": {"seconds": 0.1, "agreement": 0.9}, "ward": {"seconds": 0.2, "agreement": 0.8}},
+        "choice": {
+            "kmeans": {"seconds": 0.1, "agreement": 0.9},
+            "ward": {"seconds": 0.2, "agreement": 0.8},
+        },
         "criterion": "agreement",
         "number": None,
         "seconds": {"features": 1.0, "cluster": 0.5},
@@ -106,6 +123,9 @@ def toy_landmarks(run: FolderRun) -> None:
     derived = Derived(run.store, run.facts["backbone"])
     places = derived.landmarks
     trust = np.full(len(places), 0.9, dtype=np.float32)
-    Landmarks(derived.rows[places], derived.x[places].numpy().astype(np.float16), trust, derived.basis.numpy()).save(
-        run.path / FILE
-    )
+    Landmarks(
+        derived.rows[places],
+        derived.x[places].numpy().astype(np.float16),
+        trust,
+        derived.basis.numpy(),
+    ).save(run.path / FILE)

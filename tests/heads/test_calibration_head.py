@@ -1,4 +1,6 @@
-"""Calibrated deep clustering: its equations written out, its two gradients, its start, its place in a configuration."""
+"""Calibrated deep clustering: its equations written out, its two gradients, its start, its place in
+a configuration.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepclust.config import ConfigError, build, load
-from deepclust.errors import UserError
+from deepclust.config.build import build
+from deepclust.config.load import load
+from deepclust.config.settings import OptimSettings, TrainerSettings
+from deepclust.errors import ConfigError, UserError
 from deepclust.heads.base import Bank, Batch, Output, Progress, Targets
 from deepclust.heads.calibration import Calibration, calibration_loss, neighborhood_means, select
-from deepclust.heads.mlp import ClusterMLP, orthogonalize
+from deepclust.heads.common.mlp import ClusterMLP, orthogonalize
 from deepclust.heads.scan import SCAN
 from deepclust.heads.selflabel import SelfLabel
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.training.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.toys import toy_backbone, toy_images, toy_transforms
 
@@ -43,7 +46,7 @@ def outputs_of(head: Calibration, z: list[Tensor] | None = None) -> dict[int, Ou
     return {number: head(each, number) for number, each in enumerate(z)}
 
 
-# ------------------------------------------------------------------------------------------------------ the equations
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_cluster", [None, 3, 100])
@@ -93,28 +96,36 @@ def _parts(rows: slice, group) -> dict[str, Tensor]:
         about = Batch(torch.arange(B)[rows], ABOUT.progress, group)
         z = [drawn(B, DIM, seed=n)[rows] for n in range(3)]
         targets = head.targets(outputs_of(head, z), about)
-    return {"chosen": select(p, group=group), "means": neighborhood_means(p, labels, 7, group=group), **targets}
+    return {
+        "chosen": select(p, group=group),
+        "means": neighborhood_means(p, labels, 7, group=group),
+        **targets,
+    }
 
 
 def test_two_ranks_with_unequal_rows_choose_and_target_as_one():
     alone, (first, second) = _parts(slice(0, B), None), run_ranks(_ranks, 2)
     for name, value in alone.items():
-        torch.testing.assert_close(torch.cat([first[name], second[name]]), value, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(
+            torch.cat([first[name], second[name]]), value, atol=1e-5, rtol=0, msg=name
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ the gradients
+# ----------------------------------------------------------------------------------------------
 
 
 def targets_of(head: Calibration, outputs: dict[int, Output]) -> Targets:
     with torch.no_grad():
-        targets = head.targets({number: output.detach() for number, output in outputs.items()}, ABOUT)
+        targets = head.targets(
+            {number: output.detach() for number, output in outputs.items()}, ABOUT
+        )
     targets["chosen"] = torch.arange(B) % 3 == 0
     return targets
 
 
 def test_each_loss_reaches_its_own_head_alone():
-    """Features and clustering head get the gradient of the chosen rows' cross entropy and nothing else; the
-    calibration head that of its own loss and nothing else."""
+    """Features and clustering head get the gradient of the chosen rows' cross entropy and nothing
+    else; the calibration head that of its own loss and nothing else."""
     head = make()
     z = [drawn(B, DIM, seed=n).requires_grad_(True) for n in range(3)]
     outputs = outputs_of(head, z)
@@ -182,7 +193,7 @@ def test_micro_steps_learn_from_the_features_that_targets_were_made_from():
     assert trainer.step == 1 and torch.isfinite(trainer.network.features(batch)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- the start
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_start_may_be_the_best_of_several_long_kmeans():
@@ -229,7 +240,9 @@ def test_the_calibration_begins_as_the_clustering_that_was_taken_over():
     head, (x, labels) = make("cosine"), blobs()
     previous = SelfLabel(DIM, K, kind="cosine")
     with torch.no_grad():
-        means = F.normalize(torch.stack([x[labels == (cluster + 1) % K].mean(0) for cluster in range(K)]), dim=1)
+        means = F.normalize(
+            torch.stack([x[labels == (cluster + 1) % K].mean(0) for cluster in range(K)]), dim=1
+        )
         previous.layer.weight.copy_(means)
     head.init_from(previous)
     head.init_prototypes(Bank(x, torch.arange(200), 200))
@@ -242,10 +255,12 @@ def test_few_images_leave_hidden_units_as_drawn():
     net = ClusterMLP(DIM, 64, K)
     before = net.first.weight.clone()
     net.init_clusters(drawn(20, DIM), steps=1)
-    assert torch.isfinite(net.first.weight).all() and not torch.equal(net.first.weight[:10], before[:10])
+    assert torch.isfinite(net.first.weight).all() and not torch.equal(
+        net.first.weight[:10], before[:10]
+    )
 
 
-# -------------------------------------------------------------------------------------------------- the configuration
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inner", ["selflabel", "scan"])
@@ -279,8 +294,26 @@ def test_presets_hold_the_papers_settings(name):
     stage = load([f"experiment=cdc_{name}"]).stages["calibration"]
     trainer, optim, head = stage.trainer, stage.optim, stage.head
     batch, part, per_cluster, mini_clusters, backbone_lr = PAPER[name]
-    assert (trainer.batch_size, trainer.batch_size // trainer.micro_batches, trainer.epochs) == (batch, part, 100)
-    assert (head["per_cluster"], head["mini_clusters"], head["entropy_weight"]) == (per_cluster, mini_clusters, 1)
-    assert (optim.name, optim.lr, optim.backbone_lr, optim.weight_decay) == ("adam", 1e-4, backbone_lr, 0)
+    assert (trainer.batch_size, trainer.batch_size // trainer.micro_batches, trainer.epochs) == (
+        batch,
+        part,
+        100,
+    )
+    assert (head["per_cluster"], head["mini_clusters"], head["entropy_weight"]) == (
+        per_cluster,
+        mini_clusters,
+        1,
+    )
+    assert (optim.name, optim.lr, optim.backbone_lr, optim.weight_decay) == (
+        "adam",
+        1e-4,
+        backbone_lr,
+        0,
+    )
     assert (optim.step_per, optim.schedule, head["inner"]["kind"]) == ("micro", "constant", "mlp")
-    assert (head["restarts"], head["iterations"], head["warm_start"], head["hidden_dim"]) == (10, 300, False, 512)
+    assert (head["restarts"], head["iterations"], head["warm_start"], head["hidden_dim"]) == (
+        10,
+        300,
+        False,
+        512,
+    )

@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 
-from deepclust.checkpoint import digest_state
-from deepclust.config import build, load, options
-from deepclust.data.views import build_views
+from deepclust.config.build import build
+from deepclust.config.compose import options
+from deepclust.config.load import load
+from deepclust.config.settings import OptimSettings, TrainerSettings
+from deepclust.data.views.transform import build_views
 from deepclust.heads import Head, Output
 from deepclust.heads.base import Batch, Progress
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.runtime.checkpoint import digest_state
+from deepclust.training.trainer import Trainer
 from tests.toys import toy_backbone, toy_images
 
 NUM_SAMPLES, DIM, NUM_CLUSTERS, BATCH = 60, 16, 4, 12
@@ -32,7 +34,12 @@ def trainer_of(head: Head, **settings) -> Trainer:
     views = build_views(load([]).stages["pretext"].augment, IMAGES, names)
     settings = {"epochs": 2, "batch_size": 16, "precision": "float32", **settings}
     return Trainer(
-        toy_backbone(norm=True), head, IMAGES, views, settings=TrainerSettings(**settings), optim=OptimSettings()
+        toy_backbone(norm=True),
+        head,
+        IMAGES,
+        views,
+        settings=TrainerSettings(**settings),
+        optim=OptimSettings(),
     )
 
 
@@ -42,7 +49,10 @@ def batch_of(size: int = BATCH) -> Batch:
 
 def outputs_of(head: Head, size: int = BATCH, grad: bool = True) -> dict[int, Output]:
     torch.manual_seed(1)
-    return {number: head(torch.randn(size, DIM, requires_grad=grad), number) for number in range(len(head.views))}
+    return {
+        number: head(torch.randn(size, DIM, requires_grad=grad), number)
+        for number in range(len(head.views))
+    }
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -83,9 +93,13 @@ def test_the_loss_is_finite_and_reaches_features_and_parameters(name):
         targets = head.targets({n: out.detach() for n, out in outputs.items()}, batch_of())
     used = {n: out for n, out in outputs.items() if head.views[n].used_for != "targets"}
     losses = head.loss(used, targets, batch_of())
-    assert losses["loss"].ndim == 0 and all(torch.isfinite(value).all() for value in losses.values())
+    assert losses["loss"].ndim == 0 and all(
+        torch.isfinite(value).all() for value in losses.values()
+    )
     losses["loss"].backward()
-    assert all(parameter.grad is not None for parameter in head.parameters() if parameter.requires_grad)
+    assert all(
+        parameter.grad is not None for parameter in head.parameters() if parameter.requires_grad
+    )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -104,7 +118,9 @@ def test_predictions_are_probabilities_that_do_not_depend_on_the_batch(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_all_state_is_in_the_state_dict(name):
-    """A head of the same constructor with the same state_dict is the same head: nothing hides outside."""
+    """A head of the same constructor with the same state_dict is the same head: nothing hides
+    outside.
+    """
     head = make(name)
     trainer_of(head).fit()
     other = make(name)
@@ -115,7 +131,9 @@ def test_all_state_is_in_the_state_dict(name):
         for mine, theirs in zip(output.logits, again[number].logits, strict=True):
             assert torch.equal(mine, theirs)
     sizes = {buffer: tuple(value.shape) for buffer, value in make(name).named_buffers()}
-    assert sizes == {buffer: tuple(value.shape) for buffer, value in head.named_buffers()}, "buffers keep their shape"
+    assert sizes == {buffer: tuple(value.shape) for buffer, value in head.named_buffers()}, (
+        "buffers keep their shape"
+    )
     assert set(head.sharded_buffers) | set(head.training_buffers) <= set(sizes)
 
 
@@ -125,14 +143,19 @@ def test_buffers_for_training_alone_do_not_reach_the_teacher(name):
     trainer = trainer_of(head, ema=0.9, epochs=1)
     trainer.prepare()
     assert trainer.stepper.teacher is not None
-    before = {buffer: trainer.stepper.teacher.head.get_buffer(buffer).clone() for buffer in head.training_buffers}
+    before = {
+        buffer: trainer.stepper.teacher.head.get_buffer(buffer).clone()
+        for buffer in head.training_buffers
+    }
     trainer.fit()
     for buffer, value in before.items():
         assert torch.equal(trainer.stepper.teacher.head.get_buffer(buffer), value)
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"micro_batches": 2}, {"views": "workers", "num_workers": 0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"ema": 0.9}, {"micro_batches": 2}, {"views": "workers", "num_workers": 0}]
+)
 def test_every_head_trains_in_every_way(name, settings):
     head = make(name)
     trainer = trainer_of(head, **settings)

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.checkpoint import digest_state
+from deepclust.config.settings import OptimSettings
 from deepclust.errors import UserError
 from deepclust.heads.base import Bank, Batch, Progress
 from deepclust.heads.deepcluster_v2 import DeepClusterV2, multicrop_cross_entropy
 from deepclust.ops import kmeans
-from deepclust.settings import OptimSettings
+from deepclust.runtime.checkpoint import digest_state
 from tests.heads.test_swav import trainer, unit
 from tests.toys import toy_backbone, toy_images
 
@@ -28,7 +28,9 @@ def head(num_samples: int = NUM, **settings) -> DeepClusterV2:
 
 def filled(model: DeepClusterV2, seen: int = NUM) -> DeepClusterV2:
     """As after an epoch in which the last images could not be read."""
-    model.memory[:, :seen] = torch.stack([unit(seen, 8, seed=crop) for crop in range(len(model.memory))])
+    model.memory[:, :seen] = torch.stack(
+        [unit(seen, 8, seed=crop) for crop in range(len(model.memory))]
+    )
     model.seen[:seen] = True
     model.rounds += 1
     return model
@@ -39,7 +41,9 @@ def nothing(group: object = None) -> Bank:
 
 
 def spherical_by_hand(rows, centroids, updates):
-    """11 assignments around 10 updates, as the authors' code has them; an empty cluster keeps its centroid."""
+    """11 assignments around 10 updates, as the authors' code has them; an empty cluster keeps its
+    centroid.
+    """
     rows, centroids = rows.double(), centroids.double().clone()
     for step in range(updates + 1):
         labels = (rows @ centroids.T).argmax(1)
@@ -55,7 +59,9 @@ def test_the_loss_is_the_mean_over_crops_and_labelled_images():
     logits, labels = [torch.randn(6, 5) for _ in range(4)], torch.tensor([0, 4, -100, 2, -100, 1])
     known = labels >= 0
     expected = sum(
-        -float(each.double().log_softmax(1)[row, labels[row]]) for each in logits for row in known.nonzero()[:, 0]
+        -float(each.double().log_softmax(1)[row, labels[row]])
+        for each in logits
+        for row in known.nonzero()[:, 0]
     ) / (4 * int(known.sum()))
     assert float(multicrop_cross_entropy(logits, labels)) == pytest.approx(expected, rel=1e-6)
     nobody = [each.requires_grad_() for each in logits]
@@ -73,9 +79,13 @@ def test_clusters_are_ten_updates_from_drawn_rows_and_banks_take_turns():
         rows = model.memory[number % 2][:50]
         settings = {"init": "random", "spherical": True, "seed": rounds * 3 + number}
         start = kmeans(rows, size, num_iters=0, **settings).centroids
-        assert (start[:, None] - rows[None]).abs().amax(2).amin(1).max() < 1e-6, "centroids begin as rows"
+        assert (start[:, None] - rows[None]).abs().amax(2).amin(1).max() < 1e-6, (
+            "centroids begin as rows"
+        )
         centroids, labels = spherical_by_hand(rows, start, 10)
-        torch.testing.assert_close(model.prototypes.sets[number].double(), centroids, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.prototypes.sets[number].double(), centroids, atol=1e-5, rtol=0
+        )
         assert torch.equal(model.labels[number][:50], labels)
         assert set(model.labels[number][50:].tolist()) == {-100}
     assert int(model.rounds) == rounds + 1
@@ -91,7 +101,9 @@ def test_training_collects_its_own_embeddings_and_passes_once_in_training_mode()
     def watched(outputs, batch):
         after(outputs, batch)
         for crop in (0, 1):
-            kept.update({(crop, int(i)): row for i, row in zip(batch.index, outputs[crop].embedding)})
+            kept.update(
+                {(crop, int(i)): row for i, row in zip(batch.index, outputs[crop].embedding)}
+            )
 
     model.after_step = watched
     run.fit()
@@ -128,7 +140,9 @@ def test_prototypes_are_centroids_and_are_never_learnt():
     for each, theirs, first in zip(
         model.prototypes.sets, run.stepper.teacher.head.prototypes.sets, before, strict=True
     ):
-        assert torch.equal(each, first) and torch.equal(theirs, first), "the teacher takes them as they are"
+        assert torch.equal(each, first) and torch.equal(theirs, first), (
+            "the teacher takes them as they are"
+        )
         assert id(each) not in learnt
         torch.testing.assert_close(each.norm(dim=1), torch.ones(len(each)))
 
@@ -136,7 +150,10 @@ def test_prototypes_are_centroids_and_are_never_learnt():
 def test_an_image_without_a_label_teaches_nothing():
     model = head()
     model.labels[:, :30] = torch.arange(30) % 4
-    outputs = {crop: model(torch.randn(8, 16, generator=torch.Generator().manual_seed(crop)), crop) for crop in (0, 1)}
+    outputs = {
+        crop: model(torch.randn(8, 16, generator=torch.Generator().manual_seed(crop)), crop)
+        for crop in (0, 1)
+    }
     whole, half = torch.arange(26, 34), Batch(torch.arange(26, 30), Progress(1, 9, 0, 1, 0, NUM))
     all_of_them = Batch(whole, Progress(1, 9, 0, 1, 0, NUM))
     loss = model.loss(outputs, model.targets({}, all_of_them), all_of_them)["loss"]
@@ -155,7 +172,9 @@ def test_the_first_pass_mixes_images_before_batch_statistics_are_taken():
     """Images that lie sorted by class would each be normalised by their own class."""
     run, orders = trainer(head()), []
     original = run.transforms["global"].batch
-    run.transforms["global"].batch = lambda images, keys: orders.append(images) or original(images, keys)
+    run.transforms["global"].batch = lambda images, keys: (
+        orders.append(images) or original(images, keys)
+    )
     spec = head().bank_due(Progress(0, 6, 0, 2, 0, 2 * NUM))
     assert spec is not None
     bank = run.bank(spec)
@@ -163,12 +182,14 @@ def test_the_first_pass_mixes_images_before_batch_statistics_are_taken():
     assert not torch.equal(orders[0], toy_images().images)
 
 
-# ------------------------------------------------------------------------------------------- stops
+# ------------------------------------------------------------------------------------------- st
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 6])
 def test_a_run_that_goes_on_ends_the_same(stop):
-    """Memory, labels and rounds are in the state: stops inside an epoch (1, 5) and before a clustering (3, 6)."""
+    """Memory, labels and rounds are in the state: stops inside an epoch (1, 5) and before a
+    clustering (3, 6).
+    """
     whole = trainer(head(num_local=1), backbone=_convnet(), epochs=3)
     whole.fit()
     first = trainer(head(num_local=1), backbone=_convnet(), epochs=3, max_steps=stop)
@@ -207,7 +228,9 @@ def test_a_stop_inside_a_clustering_leaves_the_state_before_it(monkeypatch):
         assert torch.equal(value, run.network.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"ema": 0.9}, {"micro_batches": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bfloat16"}, {"ema": 0.9}, {"micro_batches": 3}]
+)
 def test_it_trains_under_autocast_with_a_teacher_and_in_micro_batches(settings):
     model = head()
     trainer(model, **settings).fit()

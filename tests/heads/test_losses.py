@@ -1,4 +1,6 @@
-"""The papers' equations, against what nobody here wrote: torch's own losses, closed forms, float64 by hand."""
+"""The papers' equations, against what nobody here wrote: torch's own losses, closed forms, float64
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,15 @@ def test_nt_xent_is_the_papers_equation(one_sided, temperature):
     torch.manual_seed(0)
     first, second = torch.randn(7, 5), torch.randn(7, 5)
     ours = nt_xent(first, second, temperature=temperature, one_sided=one_sided)
-    assert float(ours) == pytest.approx(nt_xent_by_hand(first, second, temperature, one_sided), rel=1e-5)
+    assert float(ours) == pytest.approx(
+        nt_xent_by_hand(first, second, temperature, one_sided), rel=1e-5
+    )
 
 
 def test_nt_xent_closed_forms():
-    """All embeddings equal: every candidate is as likely, ln(2B - 1). Pairs orthogonal to all others: known too."""
+    """All embeddings equal: every candidate is as likely, ln(2B - 1). Pairs orthogonal to all
+    others: known too.
+    """
     same = torch.ones(6, 4)
     assert float(nt_xent(same, same, temperature=0.2)) == pytest.approx(math.log(11), rel=1e-6)
     eye = torch.eye(6)
@@ -69,9 +75,13 @@ def test_scan_loss_closed_forms():
     """Equal, balanced one-hot predictions: consistency 0 and entropy ln K. Uniform ones: both ln K."""
     sure = 200 * torch.eye(4).repeat(3, 1)
     loss, consistency, entropy = scan_loss(sure, sure, entropy_weight=2.0)
-    assert float(consistency) == pytest.approx(0, abs=1e-6) and float(entropy) == pytest.approx(math.log(4), rel=1e-5)
+    assert float(consistency) == pytest.approx(0, abs=1e-6) and float(entropy) == pytest.approx(
+        math.log(4), rel=1e-5
+    )
     loss, consistency, entropy = scan_loss(torch.zeros(8, 4), torch.zeros(8, 4), entropy_weight=1.0)
-    assert float(consistency) == pytest.approx(math.log(4)) and float(loss) == pytest.approx(0, abs=1e-6)
+    assert float(consistency) == pytest.approx(math.log(4)) and float(loss) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_scan_loss_stays_finite_where_a_product_underflows():
@@ -83,14 +93,18 @@ def test_scan_loss_stays_finite_where_a_product_underflows():
 
 
 def test_confident_targets_are_the_balanced_cross_entropy_of_the_paper():
-    """Weight (#selected) / (#selected of the class), weighted mean: torch's own weighted cross entropy."""
+    """Weight (#selected) / (#selected of the class), weighted mean: torch's own weighted cross
+    entropy.
+    """
     torch.manual_seed(0)
     logits, student = 4 * torch.randn(200, 5), torch.randn(200, 5)
     labels, weights = confident_targets(logits, threshold=0.8)
     chosen = logits.softmax(1).max(1).values > 0.8
     counts = torch.bincount(logits.argmax(1)[chosen], minlength=5)
     assert torch.equal(weights > 0, chosen) and (counts > 0).all()
-    reference = F.cross_entropy(student[chosen], logits.argmax(1)[chosen], weight=chosen.sum() / counts)
+    reference = F.cross_entropy(
+        student[chosen], logits.argmax(1)[chosen], weight=chosen.sum() / counts
+    )
     ours = (F.cross_entropy(student, labels, reduction="none") * weights).mean()
     torch.testing.assert_close(ours, reference)
     labels, weights = confident_targets(logits, threshold=0.8, balance=False)
@@ -110,7 +124,9 @@ def test_a_quota_takes_the_surest_share_of_each_cluster():
         chosen = members & (weights > 0)
         assert int(chosen.sum()) == round(0.5 * int(members.sum()))
         assert confidence[chosen].min() >= confidence[members & (weights == 0)].max()
-        assert float(weights[chosen].sum()) == pytest.approx(100, rel=1e-5), "each cluster weighs the same"
+        assert float(weights[chosen].sum()) == pytest.approx(100, rel=1e-5), (
+            "each cluster weighs the same"
+        )
 
 
 def test_nobody_confident_is_a_loss_of_zero():
@@ -119,7 +135,9 @@ def test_nobody_confident_is_a_loss_of_zero():
 
 
 def test_scan_finds_the_nearest_neighbours_and_chooses_the_better_sub_head():
-    """Two far groups: neighbours stay inside; the sub-head that splits the groups scores lower than a random one."""
+    """Two far groups: neighbours stay inside; the sub-head that splits the groups scores lower than
+    a random one.
+    """
     torch.manual_seed(0)
     features = torch.cat([torch.randn(20, 8) + 8, torch.randn(20, 8) - 8])
     head = SCAN(8, 2, 40, num_heads=2, num_neighbors=5, init="random")
@@ -152,7 +170,9 @@ def test_kmeans_initialisation_is_the_kmeans_clustering():
 
 
 def test_neighbours_may_be_mined_on_the_pretexts_embedding():
-    """Features say one thing, the projector keeps another: the switch decides which neighbours are found."""
+    """Features say one thing, the projector keeps another: the switch decides which neighbours are
+    found.
+    """
     torch.manual_seed(0)
     left_right, up_down = torch.arange(40) % 2 * 2.0 - 1, torch.arange(40) // 20 * 2.0 - 1
     features = torch.stack([10 * left_right, up_down], dim=1) + 0.01 * torch.randn(40, 2)
@@ -170,10 +190,16 @@ def test_neighbours_may_be_mined_on_the_pretexts_embedding():
 
 def test_a_pretext_asks_for_neighbours_late_and_once_a_pass():
     head = SimCLR(4, neighbors_from=0.5, num_neighbors=3)
-    due = [step for step in range(20) if head.bank_due(Progress(step, 20, step // 5, 4, 0, 0)) is not None]
+    due = [
+        step
+        for step in range(20)
+        if head.bank_due(Progress(step, 20, step // 5, 4, 0, 0)) is not None
+    ]
     assert due == [10, 15]
     assert SimCLR(4).bank_due(Progress(10, 20, 2, 4, 0, 0)) is None
     partners = head.refresh(Bank(torch.randn(12, 4), torch.arange(1, 13), 13)).partners
-    assert partners.shape == (13, 4) and torch.equal(partners[:, 0], torch.arange(13)), "itself comes first"
+    assert partners.shape == (13, 4) and torch.equal(partners[:, 0], torch.arange(13)), (
+        "itself comes first"
+    )
     assert (partners[0] == 0).all(), "an image that could not be read is its own neighbour"
     assert all(len(set(row.tolist())) == 4 for row in partners[1:])

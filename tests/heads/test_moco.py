@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.checkpoint import digest_state
-from deepclust.data.views import build_views
-from deepclust.distributed import World
+from deepclust.config.settings import OptimSettings, TrainerSettings
+from deepclust.data.views.transform import build_views
 from deepclust.errors import UserError
 from deepclust.heads.base import Batch, Progress, Targets
 from deepclust.heads.moco import MoCo, moco_loss
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Hooks, Stopped, Trainer
+from deepclust.runtime.checkpoint import digest_state
+from deepclust.runtime.distributed import World
+from deepclust.training.trainer import Hooks, Stopped, Trainer
 from tests.ranks import run_ranks
 from tests.runs import outcome, small_run, stop_at
 from tests.toys import toy_backbone, toy_images
@@ -45,7 +45,9 @@ def test_closed_forms():
     assert float(moco_loss(ones, ones, ones)) == pytest.approx(math.log(5), rel=1e-6)
     eye = torch.eye(6)
     wanted = math.log(math.exp(2) + 3) - 2
-    assert float(moco_loss(eye[:2], eye[:2], eye[3:], temperature=0.5)) == pytest.approx(wanted, rel=1e-6)
+    assert float(moco_loss(eye[:2], eye[:2], eye[3:], temperature=0.5)) == pytest.approx(
+        wanted, rel=1e-6
+    )
 
 
 def batch_with(keys: torch.Tensor, **more: torch.Tensor) -> Batch:
@@ -63,7 +65,9 @@ def test_the_queue_holds_the_newest_keys():
         pushed.append(F.normalize(torch.randn(size, 3), dim=1))
         head.after_step({}, batch_with(pushed[-1]))
         newest = torch.cat([begun, *pushed])[-10:]
-        assert {tuple(row) for row in head.queue.tolist()} == {tuple(row) for row in newest.tolist()}
+        assert {tuple(row) for row in head.queue.tolist()} == {
+            tuple(row) for row in newest.tolist()
+        }
     assert head.queue.shape == (10, 3)
 
 
@@ -75,7 +79,9 @@ def test_both_keys_of_a_symmetric_step_enter():
 
 
 def test_each_view_may_have_a_queue_of_its_own():
-    """MoCo v2+: queries of a view are held against earlier keys of the other view; the oldest of each fall out."""
+    """MoCo v2+: queries of a view are held against earlier keys of the other view; the oldest of
+    each fall out.
+    """
     torch.manual_seed(0)
     head = MoCo(4, embedding_dim=3, queue_size=5, batch_norm=False, separate_queues=True)
     assert head.queue.shape == (2, 5, 3)
@@ -88,13 +94,20 @@ def test_each_view_may_have_a_queue_of_its_own():
         head.after_step({}, batch_with(keys[1], key0=keys[0]))
     for view in (0, 1):
         newest = torch.cat(pushed[view])[-5:]
-        assert {tuple(row) for row in head.queue[view].tolist()} == {tuple(row) for row in newest.tolist()}
+        assert {tuple(row) for row in head.queue[view].tolist()} == {
+            tuple(row) for row in newest.tolist()
+        }
     z = [torch.randn(6, 4) for _ in range(2)]
     outputs = {view: head(z[view], view) for view in (0, 1)}
     keys = {f"key{view}": F.normalize(torch.randn(6, 3), dim=1) for view in (0, 1)}
     found = head.loss(outputs, Targets(**keys), batch_with(keys["key1"]))["loss"]
     wanted = [
-        moco_loss(outputs[query].embedding, keys[f"key{1 - query}"], head.queue[1 - query], temperature=0.2)
+        moco_loss(
+            outputs[query].embedding,
+            keys[f"key{1 - query}"],
+            head.queue[1 - query],
+            temperature=0.2,
+        )
         for query in (0, 1)
     ]
     torch.testing.assert_close(found, (wanted[0] + wanted[1]) / 2)
@@ -107,7 +120,9 @@ def make(head: MoCo, hooks: Hooks | None = None, world: World | None = None, **s
     views = build_views({"size": None, "views": VIEWS}, images, list(VIEWS))
     values = TrainerSettings(**{"epochs": 2, "batch_size": 21, "precision": "float32", **settings})
     optim = OptimSettings(name="sgd", lr=0.5, momentum=0.0, weight_decay=0.0, schedule="constant")
-    return Trainer(toy_backbone(), head, images, views, settings=values, optim=optim, hooks=hooks, world=world)
+    return Trainer(
+        toy_backbone(), head, images, views, settings=values, optim=optim, hooks=hooks, world=world
+    )
 
 
 def make_head(**more) -> MoCo:
@@ -128,11 +143,16 @@ def test_keys_come_from_the_teacher_which_follows_without_being_asked_for(symmet
     batch = next(trainer.batches())
     trainer.train_step(batch, trainer.progress())
     with torch.no_grad():
-        wanted = [F.normalize(teacher.outputs({1: view})[1].embedding, dim=1) for view in batch.views.values()]
+        wanted = [
+            F.normalize(teacher.outputs({1: view})[1].embedding, dim=1)
+            for view in batch.views.values()
+        ]
     keys = torch.cat(wanted if symmetric else wanted[1:])
     torch.testing.assert_close(trainer.head.queue[: len(keys)], keys)
     assert make(make_head(), ema=0.5).stepper.decay == 0.5
-    with pytest.raises(UserError, match=r"trainer.ema_mode=reference: MoCo needs .* use ema_mode=teacher"):
+    with pytest.raises(
+        UserError, match=r"trainer.ema_mode=reference: MoCo needs .* use ema_mode=teacher"
+    ):
         make(make_head(), ema=0.9, ema_mode="reference")
 
 
@@ -141,7 +161,12 @@ def two_steps(rank: int, size: int) -> list[dict[str, torch.Tensor]]:
 
     world = World(rank, size, torch.device("cpu"), dist.group.WORLD if size > 1 else None)
     states = []
-    for more, micro in (({}, 1), ({"symmetric": False}, 1), ({}, 3), ({"separate_queues": True}, 1)):
+    for more, micro in (
+        ({}, 1),
+        ({"symmetric": False}, 1),
+        ({}, 3),
+        ({"separate_queues": True}, 1),
+    ):
         trainer = make(make_head(**more), world=world, max_steps=2, micro_batches=micro)
         trainer.fit()
         states.append(dict(trainer.network.state_dict()))
@@ -154,7 +179,9 @@ def test_two_ranks_are_one():
     for case, wanted in enumerate(alone):
         for found in together:
             for key, value in wanted.items():
-                torch.testing.assert_close(found[case][key], value, atol=1e-5, rtol=1e-5, msg=f"{case}: {key}")
+                torch.testing.assert_close(
+                    found[case][key], value, atol=1e-5, rtol=1e-5, msg=f"{case}: {key}"
+                )
         assert torch.equal(together[0][case]["head.queue"], together[1][case]["head.queue"])
 
 
@@ -162,7 +189,10 @@ def test_a_stopped_stage_goes_on_bit_for_bit_with_its_queue():
     whole, saved = make(make_head()), {}
     whole.fit()
     looks = iter(range(10))
-    hooks = Hooks(save=lambda state, _: saved.update(copy.deepcopy(state)), stop_requested=lambda: next(looks) == 2)
+    hooks = Hooks(
+        save=lambda state, _: saved.update(copy.deepcopy(state)),
+        stop_requested=lambda: next(looks) == 2,
+    )
     with pytest.raises(Stopped):
         make(make_head(), hooks).fit()
     resumed = make(MoCo(16, hidden_dim=12, embedding_dim=8, queue_size=50, batch_norm=False))

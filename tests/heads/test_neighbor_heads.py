@@ -1,4 +1,6 @@
-"""Heads that learn from neighbours on frozen features: losses against float64, what they find, ranks, stops."""
+"""Heads that learn from neighbours on frozen features: losses against float64, what they find,
+ranks, stops.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepclust.checkpoint import digest_state
-from deepclust.config import build, load
+from deepclust.config.build import build
+from deepclust.config.load import load
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.features import from_features
-from deepclust.data.views import build_views
-from deepclust.distributed import World
+from deepclust.data.views.transform import build_views
 from deepclust.eval import clustering_scores
 from deepclust.heads.base import Bank, Batch, Head, Output, Progress
 from deepclust.heads.neighbor_prototypes import NeighborPrototypes
 from deepclust.heads.temi import TEMI, Perceptrons, temi_loss
 from deepclust.ops import sinkhorn
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Stopped, Trainer
+from deepclust.runtime.checkpoint import digest_state
+from deepclust.runtime.distributed import World
+from deepclust.training.trainer import Stopped, Trainer
 from tests.ranks import run_ranks
 
 DIM, K, N = 6, 3, 41
 GROUP = torch.tensor([0] * 23 + [1] * 11 + [2] * 7)
 HEADS: dict[str, dict[str, Any]] = {
-    "temi": {"num_heads": 3, "num_neighbors": 4, "hidden_dim": 16, "bottleneck_dim": 8, "standardize": True},
+    "temi": {
+        "num_heads": 3,
+        "num_neighbors": 4,
+        "hidden_dim": 16,
+        "bottleneck_dim": 8,
+        "standardize": True,
+    },
     "prototypes": {"num_heads": 2, "num_neighbors": 4, "init": ["kmeans", "spectral"]},
 }
 
@@ -37,7 +46,11 @@ def rows(group: Tensor = GROUP) -> Tensor:
 
 def make(name: str, **settings: Any) -> Head:
     torch.manual_seed(0)
-    node = {**load([f"head={name}", "recipe=single"]).stages["main"].head, **HEADS[name], **settings}
+    node = {
+        **load([f"head={name}", "recipe=single"]).stages["main"].head,
+        **HEADS[name],
+        **settings,
+    }
     return build(node, dim=DIM, num_clusters=K, num_samples=N)
 
 
@@ -51,14 +64,24 @@ def trainer(
     **settings: Any,
 ) -> Trainer:
     data, head = from_features(rows() if features is None else features).train, make(name)
-    views = build_views(load(["augment=features"]).stages["pretext"].augment, data, ["clean", "strong"])
+    views = build_views(
+        load(["augment=features"]).stages["pretext"].augment, data, ["clean", "strong"]
+    )
     torch.manual_seed(1)
     layers = [torch.nn.Flatten()] if frozen else [torch.nn.Flatten(), torch.nn.Linear(DIM, DIM)]
     made = TrainerSettings(
-        **{"epochs": 2, "batch_size": 14, "precision": "float32", "channels_last": False, **settings}
+        **{
+            "epochs": 2,
+            "batch_size": 14,
+            "precision": "float32",
+            "channels_last": False,
+            **settings,
+        }
     )
     optim = optim or OptimSettings(name="sgd", lr=0.2, weight_decay=0.0)
-    return Trainer(torch.nn.Sequential(*layers), head, data, views, settings=made, optim=optim, world=world)
+    return Trainer(
+        torch.nn.Sequential(*layers), head, data, views, settings=made, optim=optim, world=world
+    )
 
 
 def batch(index: Tensor, step: int = 1) -> Batch:
@@ -68,12 +91,16 @@ def batch(index: Tensor, step: int = 1) -> Batch:
 # --- TEMI
 
 
-def temi_by_hand(students: list[Tensor], teachers: list[Tensor], prior: Tensor, beta: float) -> Tensor:
+def temi_by_hand(
+    students: list[Tensor], teachers: list[Tensor], prior: Tensor, beta: float
+) -> Tensor:
     """The equation, sample by sample and head by head, on probabilities in float64."""
     num, heads, _ = students[0].shape
     losses = torch.zeros(num, heads, dtype=torch.float64)
     for i in range(num):
-        weight = sum(float((teachers[0][i, h] * teachers[1][i, h]).sum()) for h in range(heads)) / heads
+        weight = (
+            sum(float((teachers[0][i, h] * teachers[1][i, h]).sum()) for h in range(heads)) / heads
+        )
         for h in range(heads):
             for mine, other in ((0, 1), (1, 0)):
                 ratio = ((students[mine][i, h] * teachers[other][i, h]) ** beta / prior[h]).sum()
@@ -85,7 +112,10 @@ def temi_by_hand(students: list[Tensor], teachers: list[Tensor], prior: Tensor, 
 def test_the_loss_of_temi_is_its_equation(beta: float) -> None:
     generator = torch.Generator().manual_seed(3)
     students, teachers = (
-        [(3 * torch.randn(5, 4, K, generator=generator, dtype=torch.float64)).softmax(2) for _ in range(2)]
+        [
+            (3 * torch.randn(5, 4, K, generator=generator, dtype=torch.float64)).softmax(2)
+            for _ in range(2)
+        ]
         for _ in range(2)
     )
     prior = torch.rand(4, K, generator=generator, dtype=torch.float64)
@@ -115,7 +145,9 @@ def test_the_nets_of_sub_heads_are_independent() -> None:
     assert everyone.shape == (3, 7, K) and everyone.abs().max() <= 1 + 1e-6
     for head in range(3):
         torch.testing.assert_close(layers(z, slice(head, head + 1))[0], everyone[head])
-        first = torch.nn.functional.linear(z, *(p.unflatten(0, (3, 5))[head] for p in layers.first.parameters()))
+        first = torch.nn.functional.linear(
+            z, *(p.unflatten(0, (3, 5))[head] for p in layers.first.parameters())
+        )
         narrow = torch.nn.functional.gelu(first) @ layers.second[head].T + layers.bias[head]
         cosines = torch.cosine_similarity(narrow[:, None], layers.last[head][None], dim=2)
         torch.testing.assert_close(cosines, everyone[head])
@@ -130,13 +162,18 @@ def test_the_prior_follows_the_teacher_and_sub_heads_are_compared_over_a_pass() 
         with torch.no_grad():
             outputs = {view: head(rows()[index + view], view) for view in (0, 1)}
             targets = head.targets(outputs, batch(index, step))
-        q = [torch.stack([(each / 2).softmax(1) for each in outputs[view].logits], 1) for view in (0, 1)]
+        q = [
+            torch.stack([(each / 2).softmax(1) for each in outputs[view].logits], 1)
+            for view in (0, 1)
+        ]
         prior = 0.9 * prior + 0.1 * (q[0].mean(0) + q[1].mean(0)) / 2
         torch.testing.assert_close(head.prior, prior)
         torch.testing.assert_close(targets["first"].exp(), q[0])
         logs = [each.log() for each in q]
         expected += temi_loss(logs, logs, prior)[0].mean(0).double() / 2
-    torch.testing.assert_close(head.score(Bank(rows(), torch.arange(N), N)), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        head.score(Bank(rows(), torch.arange(N), N)), expected, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_neighbours_and_moments_of_features() -> None:
@@ -151,7 +188,9 @@ def test_neighbours_and_moments_of_features() -> None:
     trained = trainer("temi")
     trained.fit()
     assert trained.stepper.decay == 0.996 and trained.stepper.teacher is not None
-    assert torch.equal(trained.eval_network.head.get_buffer("scale"), trained.head.get_buffer("scale"))
+    assert torch.equal(
+        trained.eval_network.head.get_buffer("scale"), trained.head.get_buffer("scale")
+    )
 
 
 # --- prototypes
@@ -174,12 +213,17 @@ def test_codes_have_the_shares_of_the_start(balance: float) -> None:
     torch.testing.assert_close(head.shares[0], shares)
     outputs, targets = see(head, torch.arange(N))
     torch.testing.assert_close(targets["codes0"][:, 0].sum(0), N * shares, atol=0.05, rtol=0)
-    cosines = torch.nn.functional.normalize(rows(), dim=1) @ torch.nn.functional.normalize(head.layer.weight, dim=1).T
+    cosines = (
+        torch.nn.functional.normalize(rows(), dim=1)
+        @ torch.nn.functional.normalize(head.layer.weight, dim=1).T
+    )
     codes = sinkhorn(cosines.detach(), epsilon=0.025, num_iters=200, column_marginal=shares)
     torch.testing.assert_close(targets["codes0"][:, 0], codes, atol=1e-4, rtol=0)
     p = [outputs[view].logits[0].log_softmax(1) for view in (0, 1)]
     expected = -(codes * p[0]).sum(1).mean() / 2 - (codes * p[1]).sum(1).mean() / 2
-    torch.testing.assert_close(head.loss(outputs, targets, batch(torch.arange(N)))["loss"], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        head.loss(outputs, targets, batch(torch.arange(N)))["loss"], expected, atol=1e-4, rtol=0
+    )
 
 
 def test_the_sub_head_whose_clusters_neighbours_share_is_chosen() -> None:
@@ -194,7 +238,9 @@ def test_the_sub_head_whose_clusters_neighbours_share_is_chosen() -> None:
 
 @pytest.mark.parametrize(("name", "group"), [("prototypes", GROUP), ("temi", torch.arange(N) % K)])
 def test_they_find_plain_clusters(name: str, group: Tensor) -> None:
-    """Where pairs agree, TEMI's loss is minus the entropy of cluster sizes: it would have them equal."""
+    """Where pairs agree, TEMI's loss is minus the entropy of cluster sizes: it would have them
+    equal.
+    """
     optim = OptimSettings(name="adamw", lr=5e-3, weight_decay=0.0)
     made = trainer(name, frozen=True, features=rows(group), optim=optim, epochs=20)
     made.fit()
@@ -214,7 +260,10 @@ def train_some(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
         made = trainer(name, world)
         made.fit()
         state = {key: value.detach() for key, value in made.network.state_dict().items()}
-        found[name] = {**state, **{f"teacher.{key}": value for key, value in made.eval_network.state_dict().items()}}
+        found[name] = {
+            **state,
+            **{f"teacher.{key}": value for key, value in made.eval_network.state_dict().items()},
+        }
     return found
 
 
@@ -223,7 +272,9 @@ def test_two_ranks_with_unequal_rows_are_one() -> None:
     for found in run_ranks(train_some, 2):
         for name, state in alone.items():
             for key, value in state.items():
-                torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-4, msg=f"{name}: {key}")
+                torch.testing.assert_close(
+                    found[name][key], value, atol=2e-5, rtol=1e-4, msg=f"{name}: {key}"
+                )
 
 
 @pytest.mark.parametrize("name", HEADS)

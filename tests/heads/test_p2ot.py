@@ -1,4 +1,6 @@
-"""P2OT and SP2OT: their memory, ramp and graph, against closed forms; two ranks are one; a stop changes nothing."""
+"""P2OT and SP2OT: their memory, ramp and graph, against closed forms; two ranks are one; a stop
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,17 @@ import torch
 from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 
-from deepclust.checkpoint import digest_state
-from deepclust.config import load
+from deepclust.config.load import load
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.data.features import from_features
-from deepclust.data.views import build_views
-from deepclust.distributed import World
+from deepclust.data.views.transform import build_views
 from deepclust.heads.base import Bank, Batch, Output, Progress
 from deepclust.heads.p2ot import P2OT, p2ot_loss
 from deepclust.heads.sp2ot import SP2OT
 from deepclust.ops import partial_transport
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Stopped, Trainer
+from deepclust.runtime.checkpoint import digest_state
+from deepclust.runtime.distributed import World
+from deepclust.training.trainer import Stopped, Trainer
 from tests.ranks import run_ranks
 
 DIM, K, N = 6, 3, 40
@@ -49,17 +51,23 @@ def see(head: P2OT, index: Tensor, step: int = 1) -> tuple[dict[int, Output], An
     """Outputs of two views of these samples, and their targets."""
     outputs = {view: head(rows(view)[index], view) for view in (0, 1)}
     with torch.no_grad():
-        return outputs, head.targets({n: out.detach() for n, out in outputs.items()}, Batch(index, at(step)))
+        return outputs, head.targets(
+            {n: out.detach() for n, out in outputs.items()}, Batch(index, at(step))
+        )
 
 
 def trainer(name: str, world: World | None = None, **settings: Any) -> Trainer:
     data = from_features(rows()).train
-    views = build_views({"views": {"clean": [], "weak": [{"feature_noise": {"std": 0.2}}]}}, data, ["clean", "weak"])
+    views = build_views(
+        {"views": {"clean": [], "weak": [{"feature_noise": {"std": 0.2}}]}}, data, ["clean", "weak"]
+    )
     torch.manual_seed(1)
     body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(DIM, DIM))
     made = TrainerSettings(epochs=2, batch_size=14, precision="float32", channels_last=False)
     optim = OptimSettings(name="sgd", lr=0.2, weight_decay=0.0)
-    return Trainer(body, make(name, **settings), data, views, settings=made, optim=optim, world=world)
+    return Trainer(
+        body, make(name, **settings), data, views, settings=made, optim=optim, world=world
+    )
 
 
 # --- losses and plans
@@ -68,7 +76,10 @@ def trainer(name: str, world: World | None = None, **settings: Any) -> Trainer:
 def test_the_loss_is_the_swapped_cross_entropy_with_rows_as_they_are() -> None:
     first, second = torch.randn(2, 5, K, dtype=torch.float64)
     plans = torch.rand(2, 5, K, dtype=torch.float64) / 4
-    expected = sum(-(q * (x - x.logsumexp(1, True))).sum() / 5 for x, q in ((first, plans[1]), (second, plans[0])))
+    expected = sum(
+        -(q * (x - x.logsumexp(1, True))).sum() / 5
+        for x, q in ((first, plans[1]), (second, plans[0]))
+    )
     torch.testing.assert_close(p2ot_loss(first, second, plans[0], plans[1]), expected)
     torch.testing.assert_close(p2ot_loss(first, second, plans[0] / 2, plans[1] / 2), expected / 2)
 
@@ -80,10 +91,14 @@ def test_plans_are_those_of_the_batch_alone_while_there_is_no_memory() -> None:
         for number, logits in enumerate(outputs[view].logits):
             expected = partial_transport(logits.detach(), mass=head.mass(at(1)), tol=1e-9)
             torch.testing.assert_close(targets[name][:, number], expected.plan, atol=2e-5, rtol=0)
-    assert (head.memory_index == -1).all(), "a memory is filled by a bank, not by what happens to come"
+    assert (head.memory_index == -1).all(), (
+        "a memory is filled by a bank, not by what happens to come"
+    )
 
 
-@pytest.mark.parametrize(("settings", "mass"), [({"kl_weight": math.inf}, None), ({"mass_start": 1.0}, 1.0)])
+@pytest.mark.parametrize(
+    ("settings", "mass"), [({"kl_weight": math.inf}, None), ({"mass_start": 1.0}, 1.0)]
+)
 def test_variants_hard_and_unbalanced(settings: dict[str, float], mass: float | None) -> None:
     head = make(**settings, num_heads=1)
     outputs, targets = see(head, torch.arange(N))
@@ -102,7 +117,9 @@ def test_the_ramps() -> None:
     expected = {0: 0.106064, 250: 0.154049, 500: 0.357854, 750: 0.758454, 1000: 1.0}
     for step, share in expected.items():
         assert make().mass(at(step, 1000)) == pytest.approx(share, abs=1e-6)
-        assert make(mass_shape="linear").mass(at(step, 1000)) == pytest.approx(0.1 + 0.9 * step / 1000)
+        assert make(mass_shape="linear").mass(at(step, 1000)) == pytest.approx(
+            0.1 + 0.9 * step / 1000
+        )
 
 
 # --- memory
@@ -120,7 +137,9 @@ def test_the_memory_holds_each_sample_once_with_its_last_logits() -> None:
     index = torch.tensor([30, 3, 31, 7])
     outputs, targets = see(head, index)
     kept = [n for n in range(24) if n not in (3, 7)][:20]
-    assert head.memory_index.tolist() == [30, 3, 31, 7, *kept], "newest first, what is over is forgotten"
+    assert head.memory_index.tolist() == [30, 3, 31, 7, *kept], (
+        "newest first, what is over is forgotten"
+    )
     second = torch.stack(outputs[1].logits, 1).detach()
     torch.testing.assert_close(head.memory[:4], second)
     old = torch.stack(head.layer(rows(3)[torch.tensor(kept)]), 1).detach()
@@ -173,16 +192,24 @@ def test_the_graph_is_a_gaussian_kernel_cut_to_the_nearest() -> None:
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         head.refresh(Bank(rows()[order], order, N))
-    kernel = torch.from_numpy(rbf_kernel(rows().double(), gamma=1 / (2 * 0.5**2 * DIM))).fill_diagonal_(0)
+    kernel = torch.from_numpy(
+        rbf_kernel(rows().double(), gamma=1 / (2 * 0.5**2 * DIM))
+    ).fill_diagonal_(0)
     values, columns = kernel.topk(4, dim=1)
     expected = torch.zeros_like(kernel).scatter_(1, columns, values)
-    torch.testing.assert_close(head.among(torch.arange(N)).to_dense().double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        head.among(torch.arange(N)).to_dense().double(), expected, atol=1e-5, rtol=0
+    )
     some = torch.tensor([5, 39, 0, 12, 13, 2])
-    torch.testing.assert_close(head.among(some).to_dense().double(), expected[some][:, some], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        head.among(some).to_dense().double(), expected[some][:, some], atol=1e-5, rtol=0
+    )
     assert (head.memory_index >= 0).all() and head.memory_index.unique().numel() == 24
 
 
-def test_neighbours_pull_each_other_into_one_cluster_and_a_small_problem_does_not_collapse() -> None:
+def test_neighbours_pull_each_other_into_one_cluster_and_a_small_problem_does_not_collapse() -> (
+    None
+):
     plain, semantic = make(num_heads=1), make("sp2ot", num_heads=1, num_neighbors=8)
     with torch.no_grad():
         semantic.refresh(bank(torch.arange(N), 0))
@@ -216,7 +243,9 @@ def train_some(rank: int, size: int) -> dict[str, dict[str, Tensor]]:
 
 
 def test_two_ranks_with_unequal_rows_are_one() -> None:
-    """40 samples in batches of 13 and 14, so 6 and 7 on two ranks, the memory of 24 filled from both; two passes."""
+    """40 samples in batches of 13 and 14, so 6 and 7 on two ranks, the memory of 24 filled from
+    both; two passes.
+    """
     alone = train_some(0, 1)
     for found in run_ranks(train_some, 2):
         for name, state in alone.items():
@@ -247,12 +276,20 @@ def test_a_stop_changes_not_a_bit(name: str) -> None:
 def test_the_papers_presets_train_the_last_block_alone() -> None:
     from deepclust.backbones import timm_backbone
 
-    for name in ("p2ot_cifar100_lt", "p2ot_imagenet_r", "p2ot_inature100", "p2ot_inature500", "p2ot_inature1000"):
+    for name in (
+        "p2ot_cifar100_lt",
+        "p2ot_imagenet_r",
+        "p2ot_inature100",
+        "p2ot_inature500",
+        "p2ot_inature1000",
+    ):
         preset = load([f"experiment={name}"])
         stage = preset.stages["main"]
         assert (stage.trainer.batch_size, stage.trainer.epochs, stage.optim.lr) == (512, 50, 5e-4)
         assert stage.head["num_heads"] == (2 if name == "p2ot_cifar100_lt" else 1)
     freeze = load(["experiment=p2ot_cifar100_lt"]).backbone["freeze"]
     backbone = timm_backbone(3, name="vit_tiny_patch16_224", freeze=freeze)
-    trained = {name.split(".norm")[0] for name, p in backbone.body.named_parameters() if p.requires_grad}
+    trained = {
+        name.split(".norm")[0] for name, p in backbone.body.named_parameters() if p.requires_grad
+    }
     assert trained and all(name.startswith("blocks.11") for name in trained)

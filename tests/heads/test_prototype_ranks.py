@@ -1,13 +1,15 @@
-"""SwAV and DeepCluster-v2 on two ranks are one rank: codes, queue, clusters, gradients, with unequal rows."""
+"""SwAV and DeepCluster-v2 on two ranks are one rank: codes, queue, clusters, gradients, with
+unequal rows.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
-from deepclust.distributed import World
-from deepclust.heads.memory import FeatureQueue
-from deepclust.settings import OptimSettings
+from deepclust.config.settings import OptimSettings
+from deepclust.heads.common.queue import FeatureQueue
+from deepclust.runtime.distributed import World
 from tests.heads import test_deepcluster_v2, test_swav
 from tests.ranks import run_ranks
 from tests.toys import toy_images
@@ -25,7 +27,9 @@ def train(rank: int, size: int, name: str) -> dict[str, torch.Tensor]:
     optim = OptimSettings(name="sgd", lr=0.05, momentum=0.9, weight_decay=0.0)
     run = test_swav.trainer(model, images=toy_images(41), batch_size=21, optim=optim, world=world)
     run.fit()
-    found = {key: value.detach() for key, value in run.network.state_dict().items() if "queue" not in key}
+    found = {
+        key: value.detach() for key, value in run.network.state_dict().items() if "queue" not in key
+    }
     for step, targets in enumerate(codes):
         found.update({f"rank part: {key} of step {step}": value for key, value in targets.items()})
     if name == "swav":
@@ -45,14 +49,18 @@ def test_two_ranks_are_one():
             if key.startswith("rank part"):
                 parts = torch.cat([result[name][key] for result in together])
                 if key == "rank part: queue":
-                    order = torch.cat([result[name]["rank part: places"] for result in together]).argsort()
+                    order = torch.cat(
+                        [result[name]["rank part: places"] for result in together]
+                    ).argsort()
                     parts, value = parts[order], value[expected["rank part: places"].argsort()]
                 elif key == "rank part: places":
                     parts, value = parts.sort().values, value.sort().values
                 torch.testing.assert_close(parts, value, atol=1e-4, rtol=1e-4, msg=f"{name}: {key}")
             else:
                 for result in together:
-                    torch.testing.assert_close(result[name][key], value, atol=1e-4, rtol=1e-4, msg=f"{name}: {key}")
+                    torch.testing.assert_close(
+                        result[name][key], value, atol=1e-4, rtol=1e-4, msg=f"{name}: {key}"
+                    )
     assert len(alone["swav"]["rank part: queue"]) == 30
     assert len(together[0]["swav"]["rank part: queue"]) < 30
 

@@ -1,4 +1,6 @@
-"""Whole small runs of SwAV and DeepCluster-v2: stopped anywhere, they end the same; both figures are in the table."""
+"""Whole small runs of SwAV and DeepCluster-v2: stopped anywhere, they end the same; both figures
+are in the table.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from deepclust.config import load
+from deepclust.config.load import load
 from deepclust.data.datasets import digits
-from deepclust.recipe import train
+from deepclust.training.recipe import train
 from tests.runs import outcome, small_data, status, stop_at
 
 WORDS = (
@@ -31,7 +33,10 @@ WORDS = (
     "logger.console=false",
     "num_clusters=4",
 )
-HEADS = {"swav": ["head.queue_length=30", "head.num_local=1"], "deepcluster_v2": ["trainer.ema=0.9"]}
+HEADS = {
+    "swav": ["head.queue_length=30", "head.num_local=1"],
+    "deepcluster_v2": ["trainer.ema=0.9"],
+}
 
 
 def run(head: str, folder: Path) -> int:
@@ -51,11 +56,15 @@ def test_a_run_stopped_again_and_again_ends_as_if_nobody_had(head, tmp_path, mon
     assert run(head, tmp_path / "run") == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert 0 < summary["stages"]["main"]["acc"] <= 1 and 0 < summary["baselines"]["kmeans"]["acc"] <= 1
+    assert (
+        0 < summary["stages"]["main"]["acc"] <= 1 and 0 < summary["baselines"]["kmeans"]["acc"] <= 1
+    )
     assert "k-means, same features" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_what_a_head_has_to_say_is_in_the_log(tmp_path):
     config = load(["head=swav", *WORDS, "head.num_prototypes=[40]", f"run.dir={tmp_path}/run"])
     assert train(config, small_data()) == 0
-    assert "cannot be balanced over 40 prototypes" in (tmp_path / "run/log.txt").read_text().replace("\n", " ")
+    assert "cannot be balanced over 40 prototypes" in (
+        tmp_path / "run/log.txt"
+    ).read_text().replace("\n", " ")

@@ -1,4 +1,6 @@
-"""DeepCluster, SeLa and ODC against scikit-learn, faiss and the papers' loops in float64; stops and ranks."""
+"""DeepCluster, SeLa and ODC against scikit-learn, faiss and the papers' loops in float64; stops and
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.checkpoint import digest_state
-from deepclust.distributed import World
+from deepclust.config.settings import OptimSettings, TrainerSettings
 from deepclust.errors import UserError
 from deepclust.heads import sela
 from deepclust.heads.base import Bank, Batch, Head, Output, Progress
 from deepclust.heads.deepcluster import DeepCluster, uniform_order
 from deepclust.heads.odc import ODC, Memory, cluster_weights
 from deepclust.heads.sela import SeLa, solve_mark
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Hooks, Stopped, Trainer
+from deepclust.runtime.checkpoint import digest_state
+from deepclust.runtime.distributed import World
+from deepclust.training.trainer import Hooks, Stopped, Trainer
 from tests.ranks import run_ranks
 from tests.toys import toy_backbone, toy_images, toy_transforms
 
@@ -33,12 +35,20 @@ def make_head(kind: str, num_samples: int = 60, **changes) -> Head:
         return DeepCluster(16, 4, num_samples, **{"num_prototypes": 6, "pca_dim": 8, **changes})
     if kind == "sela":
         return SeLa(16, 4, num_samples, **{"num_heads": 2, "num_solves": 5, **changes})
-    return ODC(16, 4, num_samples, **{"num_prototypes": 6, "centroid_every": 3, "smallest": 4, **changes})
+    return ODC(
+        16, 4, num_samples, **{"num_prototypes": 6, "centroid_every": 3, "smallest": 4, **changes}
+    )
 
 
 def make(head: Head, *, images=None, norm=True, hooks=None, world=None, **settings) -> Trainer:
     images = images or toy_images()
-    settings = {"epochs": 3, "batch_size": 16, "precision": "float32", "log_every_steps": 1, **settings}
+    settings = {
+        "epochs": 3,
+        "batch_size": 16,
+        "precision": "float32",
+        "log_every_steps": 1,
+        **settings,
+    }
     return Trainer(
         toy_backbone(norm),
         head,
@@ -61,10 +71,12 @@ def blobs(num: int = 240, dim: int = 12, clusters: int = 6) -> torch.Tensor:
     return centers[torch.arange(num) % clusters] + 0.1 * torch.randn(num, dim, generator=generator)
 
 
-# ------------------------------------------------------------------------------------------- DeepCluster
+# ------------------------------------------------------------------------------------------- De
 
 
-@pytest.mark.parametrize(("sizes", "num"), [((3, 0, 50, 7), 60), ((1, 1, 500), 502), ((5,), 17), ((2, 2, 2), 2)])
+@pytest.mark.parametrize(
+    ("sizes", "num"), [((3, 0, 50, 7), 60), ((1, 1, 500), 502), ((5,), 17), ((2, 2, 2), 2)]
+)
 def test_the_order_has_exact_quotas(sizes, num):
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     order = uniform_order(labels, num, torch.Generator().manual_seed(0))
@@ -96,7 +108,9 @@ def test_clusters_are_those_of_faiss_and_scikit_learn():
 
 
 def test_a_new_clustering_brings_a_new_classifier_without_memory():
-    """No momentum and no optimiser state for the classifier, its own k-means seed; NMI as scikit-learn has it."""
+    """No momentum and no optimiser state for the classifier, its own k-means seed; NMI as
+    scikit-learn has it.
+    """
     metrics = pytest.importorskip("sklearn.metrics")
     seen, labels, held = [], [], []
     head = make_head("deepcluster")
@@ -109,15 +123,27 @@ def test_a_new_clustering_brings_a_new_classifier_without_memory():
             return
         labels.append(head.labels.clone())
         held.append(head.layer.weight in trainer.stepper.optimizer.state)
-        assert float(head.layer.weight.detach().std()) == pytest.approx(0.01, rel=0.3) and not head.layer.bias.any()
+        assert (
+            float(head.layer.weight.detach().std()) == pytest.approx(0.01, rel=0.3)
+            and not head.layer.bias.any()
+        )
 
     trainer.stepper.reset_parameters = watching  # type: ignore[method-assign]
     trainer.fit()
     assert len(labels) == 3 and not any(held)
-    groups = [group for group in trainer.stepper.optimizer.param_groups if head.layer.weight in set(group["params"])]
-    assert groups[0]["momentum"] == 0 and trainer.stepper.optimizer.param_groups[0]["momentum"] == 0.9
+    groups = [
+        group
+        for group in trainer.stepper.optimizer.param_groups
+        if head.layer.weight in set(group["params"])
+    ]
+    assert (
+        groups[0]["momentum"] == 0 and trainer.stepper.optimizer.param_groups[0]["momentum"] == 0.9
+    )
     expected = metrics.normalized_mutual_info_score(labels[1].numpy(), labels[2].numpy())
-    assert seen[-1]["nmi"] == pytest.approx(expected, abs=1e-6) and {"cross_entropy", "entropy"} <= set(seen[-1])
+    assert seen[-1]["nmi"] == pytest.approx(expected, abs=1e-6) and {
+        "cross_entropy",
+        "entropy",
+    } <= set(seen[-1])
 
 
 def test_empty_clusters_are_left_out_of_the_order():
@@ -131,11 +157,13 @@ def test_empty_clusters_are_left_out_of_the_order():
     assert int(counts.max() - counts.min()) <= 1
 
 
-# ------------------------------------------------------------------------------------------- SeLa
+# ------------------------------------------------------------------------------------------- Se
 
 
 def test_marks_are_the_papers():
-    """E = 400 passes and n = 100 labellings: 0, 0.04, 0.16, 0.37, 0.65 and 1.02 passes, 16 of them in the first ten."""
+    """E = 400 passes and n = 100 labellings: 0, 0.04, 0.16, 0.37, 0.65 and 1.02 passes, 16 of them
+    in the first ten.
+    """
     num = 1000
     marks = [solve_mark(i, 100, 400 * num, num, "quadratic") / num for i in range(100)]
     assert [round(mark, 2) for mark in marks[:6]] == [0, 0.04, 0.16, 0.37, 0.65, 1.02]
@@ -151,7 +179,9 @@ def test_labelling_happens_at_marks_inside_a_pass():
     head.refresh = lambda bank: (steps.append((trainer.step, bank.features)), original(bank))[1]  # type: ignore
     trainer.fit()
     marks = [solve_mark(number, 7, 180, 60, "linear") for number in range(7)]
-    assert [step for step, _ in steps] == [next(s for s in range(13) if s * 15 >= mark) for mark in marks if mark < 180]
+    assert [step for step, _ in steps] == [
+        next(s for s in range(13) if s * 15 >= mark) for mark in marks if mark < 180
+    ]
     assert any(step % 4 for step, _ in steps) and int(head.solved) == len(steps)
 
 
@@ -186,16 +216,22 @@ def test_labels_are_those_of_the_references_loop(monkeypatch, keep):
 
 
 def test_no_more_than_a_chunk_of_the_plan_stands_in_memory(monkeypatch):
-    """1,500 samples and 3,000 clusters would be 36 MB in float64; the largest tensor that is handed on has 1 MB."""
+    """1,500 samples and 3,000 clusters would be 36 MB in float64; the largest tensor that is handed
+    on has 1 MB.
+    """
     largest = []
     monkeypatch.setattr(sela, "KEEP_BYTES", 8 * 1500 * 3000 - 1)
     monkeypatch.setattr(sela, "CHUNK_BYTES", 1_000_000)
     head = SeLa(8, 3000, 3000, num_heads=1, tol=0.5)
     original = head.log_probs
-    head.log_probs = lambda z, number: (largest.append(part.nbytes) or part for part in original(z, number))  # type: ignore
+    head.log_probs = lambda z, number: (
+        largest.append(part.nbytes) or part for part in original(z, number)
+    )  # type: ignore
     torch.manual_seed(0)
     solver = sela.self_label
-    monkeypatch.setattr(sela, "self_label", lambda given, **options: solver(given, max_iters=2, **options))
+    monkeypatch.setattr(
+        sela, "self_label", lambda given, **options: solver(given, max_iters=2, **options)
+    )
     bank = Bank(torch.randn(1500, 8), torch.arange(1500), 3000)
     head.refresh(bank)
     assert len(largest) > 30 and max(largest) <= 1_000_000
@@ -210,11 +246,13 @@ def test_one_sub_head_in_turn():
     assert not torch.equal(head.labels[1], before[1])
 
 
-# ------------------------------------------------------------------------------------------- ODC
+# ------------------------------------------------------------------------------------------- OD
 
 
 def test_steps_are_those_of_the_papers_loop():
-    """Features, labels, centroids and weights after 25 steps, against a float64 rendering of the loop."""
+    """Features, labels, centroids and weights after 25 steps, against a float64 rendering of the
+    loop.
+    """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(60, 16, generator=generator)
     head = make_head("odc", smallest=0, centroid_every=10)
@@ -242,13 +280,18 @@ def test_steps_are_those_of_the_papers_loop():
         assert float(head.changed) == pytest.approx((fresh != labels[i]).mean())
         labels[i] = fresh
         if (step + 1) % 10 == 0:
-            means = [features[labels == c].mean(0) if (labels == c).any() else centroids[c] for c in range(6)]
+            means = [
+                features[labels == c].mean(0) if (labels == c).any() else centroids[c]
+                for c in range(6)
+            ]
             centroids = np.stack(means)
     assert np.array_equal(head.memory.labels.numpy(), labels)
     np.testing.assert_allclose(head.memory.features.numpy(), features, atol=1e-6)
     np.testing.assert_allclose(head.memory.centroids.numpy(), centroids, atol=1e-6)
     weights = (np.bincount(labels, minlength=6) + 1e-5) ** -0.5
-    np.testing.assert_allclose(cluster_weights(head.memory.counts), weights / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        cluster_weights(head.memory.counts), weights / weights.sum(), rtol=1e-5
+    )
 
 
 def filled(labels: list[int], x: torch.Tensor, num_clusters: int) -> Memory:
@@ -268,7 +311,9 @@ def test_a_small_cluster_is_dissolved_and_refilled_from_the_largest():
     largest = memory.labels == 0
     memory.mend(5)
     assert memory.counts.tolist() == [30, 30, 30]
-    theirs = torch.from_numpy(cluster.KMeans(2, n_init=3).fit_predict(memory.features[largest].numpy()))
+    theirs = torch.from_numpy(
+        cluster.KMeans(2, n_init=3).fit_predict(memory.features[largest].numpy())
+    )
     ours = (memory.labels[largest] == 2).long()
     assert torch.equal(ours, theirs.long()) or torch.equal(ours, 1 - theirs.long())
     for number in range(3):
@@ -285,7 +330,7 @@ def test_empty_clusters_and_equal_members_are_mended():
     assert everyone_small.counts.tolist() == [1, 1]
 
 
-# ------------------------------------------------------------------------------------------- all three
+# ------------------------------------------------------------------------------------------- al
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,7 +366,9 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, stop):
     assert digest_state(resumed.state_dict()) == digest_state(whole.state_dict())
 
 
-@pytest.mark.parametrize(("kind", "place"), [("deepcluster", "kmeans"), ("sela", "self_label"), ("odc", "kmeans")])
+@pytest.mark.parametrize(
+    ("kind", "place"), [("deepcluster", "kmeans"), ("sela", "self_label"), ("odc", "kmeans")]
+)
 def test_a_stop_inside_a_refresh_is_made_good(kind, place, monkeypatch):
     module = __import__(f"deepclust.heads.{kind}", fromlist=[place])
     whole = make(make_head(kind))
@@ -339,7 +386,9 @@ def test_a_stop_inside_a_refresh_is_made_good(kind, place, monkeypatch):
         patch.setattr(module, place, interrupted)
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
-    if kind == "odc":  # its k-means after the first is a step's own: the whole step is lost, not half of it
+    if (
+        kind == "odc"
+    ):  # its k-means after the first is a step's own: the whole step is lost, not half of it
         return
     resumed = make(make_head(kind))
     resumed.load_state_dict(trainer.state_dict())
@@ -348,7 +397,9 @@ def test_a_stop_inside_a_refresh_is_made_good(kind, place, monkeypatch):
 
 
 def trained(rank: int, size: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Two passes over 21 images, which do not divide by 2, without batch statistics: weights and buffers."""
+    """Two passes over 21 images, which do not divide by 2, without batch statistics: weights and
+    buffers.
+    """
     import torch.distributed as dist
 
     world = World(rank, size, torch.device("cpu"), dist.group.WORLD if size > 1 else None)

@@ -1,4 +1,6 @@
-"""SwAV against its equations in float64, its queue against a plain list, and micro batches against one batch."""
+"""SwAV against its equations in float64, its queue against a plain list, and micro batches against
+one batch.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepclust.data.views import build_views
+from deepclust.config.settings import OptimSettings, TrainerSettings
+from deepclust.data.views.transform import build_views
 from deepclust.errors import Advice, UserError
 from deepclust.heads import Output
 from deepclust.heads.base import Bank, Batch, Progress
-from deepclust.heads.memory import FeatureQueue
-from deepclust.heads.prototypes import Prototypes
+from deepclust.heads.common.prototypes import Prototypes
+from deepclust.heads.common.queue import FeatureQueue
 from deepclust.heads.swav import SwAV, power_law, swapped_prediction_loss
-from deepclust.settings import OptimSettings, TrainerSettings
-from deepclust.trainer import Trainer
+from deepclust.training.trainer import Trainer
 from tests.toys import toy_backbone, toy_images
 
 VIEWS = {
@@ -38,7 +40,9 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def head(**settings) -> SwAV:
     torch.manual_seed(0)
-    return SwAV(16, 4, **{"num_prototypes": [6, 9], "hidden_dim": 12, "embedding_dim": 8, **settings})
+    return SwAV(
+        16, 4, **{"num_prototypes": [6, 9], "hidden_dim": 12, "embedding_dim": 8, **settings}
+    )
 
 
 def loss_by_hand(codes, logits):
@@ -54,10 +58,16 @@ def loss_by_hand(codes, logits):
 
 
 def codes_by_hand(scores, epsilon, num_iters, marginal=None):
-    """The balanced assignment in the linear domain in float64: columns, then rows, ending on rows that sum to 1."""
+    """The balanced assignment in the linear domain in float64: columns, then rows, ending on rows
+    that sum to 1.
+    """
     q = (scores.double() / epsilon).exp()
     q = q / q.sum()
-    marginal = torch.full((q.shape[1],), 1 / q.shape[1]).double() if marginal is None else marginal.double()
+    marginal = (
+        torch.full((q.shape[1],), 1 / q.shape[1]).double()
+        if marginal is None
+        else marginal.double()
+    )
     for _ in range(num_iters):
         q = q / q.sum(0) * marginal
         q = q / q.sum(1, keepdim=True) / len(q)
@@ -69,21 +79,31 @@ def test_the_loss_is_the_papers_equation(assigned, crops):
     torch.manual_seed(0)
     logits = [3 * torch.randn(5, 7) for _ in range(crops)]
     codes = [torch.randn(5, 7).softmax(1) for _ in range(assigned)]
-    assert float(swapped_prediction_loss(codes, logits)) == pytest.approx(loss_by_hand(codes, logits), rel=1e-5)
+    assert float(swapped_prediction_loss(codes, logits)) == pytest.approx(
+        loss_by_hand(codes, logits), rel=1e-5
+    )
 
 
 def test_closed_forms_of_the_loss():
-    """Equal scores give ln K whatever the codes; sure and right predictions give 0; no gradient reaches the codes."""
+    """Equal scores give ln K whatever the codes; sure and right predictions give 0; no gradient
+    reaches the codes.
+    """
     codes = [F.one_hot(torch.arange(7), 7).float()] * 2
-    assert float(swapped_prediction_loss(codes, [torch.zeros(7, 7)] * 4)) == pytest.approx(math.log(7), rel=1e-6)
-    assert float(swapped_prediction_loss(codes, [200 * torch.eye(7)] * 4)) == pytest.approx(0, abs=1e-6)
+    assert float(swapped_prediction_loss(codes, [torch.zeros(7, 7)] * 4)) == pytest.approx(
+        math.log(7), rel=1e-6
+    )
+    assert float(swapped_prediction_loss(codes, [200 * torch.eye(7)] * 4)) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("marginal", ["uniform", 0.7, [0.1, 0.2, 0.3, 0.1, 0.1, 0.2]])
 def test_codes_are_balanced_by_any_column_marginal(marginal):
     model = head(num_prototypes=[6], marginal=marginal, epsilon=0.1, num_iters=4)
     embeddings = [unit(20, 8, seed=seed) for seed in (1, 2)]
-    targets = model.targets({n: Output(e, e) for n, e in enumerate(embeddings)}, Batch(torch.arange(20), progress()))
+    targets = model.targets(
+        {n: Output(e, e) for n, e in enumerate(embeddings)}, Batch(torch.arange(20), progress())
+    )
     shares = {"uniform": torch.full((6,), 1 / 6)}.get(str(marginal))
     if shares is None:
         shares = power_law(6, marginal) if isinstance(marginal, float) else torch.tensor(marginal)
@@ -106,12 +126,18 @@ def test_a_full_queue_joins_the_balance_with_todays_prototypes():
         with torch.no_grad():
             for each in model.prototypes.sets:
                 each.copy_(unit(*each.shape, seed=100 + number))
-        targets = model.targets(outputs, Batch(torch.arange(8), progress(number, epoch=0 if number < 1 else 1)))
+        targets = model.targets(
+            outputs, Batch(torch.arange(8), progress(number, epoch=0 if number < 1 else 1))
+        )
         stored = batches[max(1, number - 3) : number] if number >= 4 else []
         for crop in (0, 1):
             together = torch.cat([*(batch[crop] for batch in stored), embeddings[crop]])
-            expected = [codes_by_hand(together @ p.detach().T, 0.05, 3)[-8:] for p in model.prototypes.sets]
-            torch.testing.assert_close(targets[f"codes{crop}"].double(), torch.cat(expected, 1), atol=1e-4, rtol=1e-3)
+            expected = [
+                codes_by_hand(together @ p.detach().T, 0.05, 3)[-8:] for p in model.prototypes.sets
+            ]
+            torch.testing.assert_close(
+                targets[f"codes{crop}"].double(), torch.cat(expected, 1), atol=1e-4, rtol=1e-3
+            )
     assert int(model.queue.count) == 40, "nothing is stored before its share of training"
 
 
@@ -146,7 +172,13 @@ def test_prototypes_have_length_one_in_each_forward_and_the_bare_gradient():
 def trainer(model, *, images=None, optim=None, backbone=None, world=None, **settings) -> Trainer:
     images = images or toy_images()
     transforms = build_views({"size": None, "views": VIEWS}, images, list(VIEWS))
-    settings = {"epochs": 2, "batch_size": 20, "precision": "float32", "log_every_steps": 1, **settings}
+    settings = {
+        "epochs": 2,
+        "batch_size": 20,
+        "precision": "float32",
+        "log_every_steps": 1,
+        **settings,
+    }
     made = TrainerSettings(**settings)
     return Trainer(
         backbone or toy_backbone(),
@@ -175,7 +207,9 @@ def test_prototypes_are_frozen_for_the_first_steps_decay_included():
 def test_codes_are_hard_for_the_first_steps():
     model, x = head(hard_steps=3), unit(20, 8)
     codes = [
-        model.targets({0: Output(x, x), 1: Output(x, x)}, Batch(torch.arange(20), progress(step)))["codes0"]
+        model.targets({0: Output(x, x), 1: Output(x, x)}, Batch(torch.arange(20), progress(step)))[
+            "codes0"
+        ]
         for step in (2, 3)
     ]
     assert torch.equal(codes[0].unique(), torch.tensor([0.0, 1.0])) and len(codes[1].unique()) > 2
@@ -188,18 +222,26 @@ def test_eight_micro_batches_of_32_give_the_codes_and_the_gradient_of_one_batch_
     for micro in (1, 8):
         model = head(num_prototypes=[20], batch_norm=False, queue_length=256, num_local=1)
         model.queue.push([unit(256, 8, seed=seed) for seed in (5, 6)])
-        optim = OptimSettings(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant")
+        optim = OptimSettings(
+            name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, schedule="constant"
+        )
         body = toy_backbone(seed=3)
         body.body[4] = torch.nn.LazyLinear(16)
         torch.manual_seed(4)
         body.body[3] = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
         body(torch.zeros(1, 1, 8, 8))
-        run = trainer(model, images=images, optim=optim, backbone=body, batch_size=256, micro_batches=micro)
+        run = trainer(
+            model, images=images, optim=optim, backbone=body, batch_size=256, micro_batches=micro
+        )
         codes, original = [], model.targets
-        model.targets = lambda *given, made=codes, first=original: made.append(first(*given)) or made[-1]
+        model.targets = lambda *given, made=codes, first=original: (
+            made.append(first(*given)) or made[-1]
+        )
         before = {name: value.detach().clone() for name, value in run.network.named_parameters()}
         run.train_step(next(run.batches()), run.progress())
-        moved = {name: before[name] - value.detach() for name, value in run.network.named_parameters()}
+        moved = {
+            name: before[name] - value.detach() for name, value in run.network.named_parameters()
+        }
         found.append((codes[0], moved, model.queue.rows.clone()))
     (codes, moved, queue), (micro_codes, micro_moved, micro_queue) = found
     assert codes["codes0"].shape == (256, 20)
@@ -220,7 +262,9 @@ def test_crops_of_one_size_go_through_the_backbone_together(engine):
     assert [view.used_for for view in model.views] == ["both"] * 2 + ["loss"] * 3
     run = trainer(model, backbone=small_convnet(1, 8, width=8), views=engine, num_workers=0)
     shapes, calls = [], []
-    run.network.backbone.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    run.network.backbone.register_forward_pre_hook(
+        lambda _, given: shapes.append(tuple(given[0].shape))
+    )
     for name, transform in run.transforms.items():
         first = transform.batch
         transform.batch = lambda *given, name=name, first=first: calls.append(name) or first(*given)
@@ -245,7 +289,9 @@ def test_a_worker_reads_an_image_once_for_all_its_crops():
 
 
 def test_larger_sets_are_grouped_into_clusters_and_the_tightest_set_is_chosen():
-    """Nine prototypes in four bundles become four clusters: the sum of their probabilities, one to one with bundles."""
+    """Nine prototypes in four bundles become four clusters: the sum of their probabilities, one to
+    one with bundles.
+    """
     model = head(num_prototypes=[4, 9]).eval()
     bundles = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])
     axes = torch.eye(8)[:4]
@@ -289,7 +335,9 @@ def test_a_pretexts_projector_is_taken_over_where_it_fits():
     assert torch.equal(model.projector[0].weight, pretext.projector[0].weight)
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bfloat16"}, {"ema": 0.9}, {"ema": 0.9, "micro_batches": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"precision": "bfloat16"}, {"ema": 0.9}, {"ema": 0.9, "micro_batches": 3}]
+)
 def test_codes_and_queue_are_sound_under_autocast_and_with_a_teacher(settings):
     model = head(queue_length=50, freeze_steps=2)
     trainer(model, **settings).fit()
@@ -298,13 +346,15 @@ def test_codes_and_queue_are_sound_under_autocast_and_with_a_teacher(settings):
     torch.testing.assert_close(held.norm(dim=1), torch.ones(50))
 
 
-# ------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------- wo
 
 
 def test_fewer_images_than_prototypes_are_refused_and_too_few_rows_are_told():
     with pytest.raises(UserError, match=r"num_prototypes=\[6, 100\].*60 images.*\[4\]"):
         trainer(head(num_prototypes=[6, 100])).fit()
-    with pytest.warns(Advice, match=r"20 images and a queue of 0.*over 50 prototypes.*queue_length=100"):
+    with pytest.warns(
+        Advice, match=r"20 images and a queue of 0.*over 50 prototypes.*queue_length=100"
+    ):
         trainer(head(num_prototypes=[50]), epochs=1).fit()
     with warnings.catch_warnings():
         warnings.simplefilter("error", Advice)
@@ -314,7 +364,10 @@ def test_fewer_images_than_prototypes_are_refused_and_too_few_rows_are_told():
 def test_features_that_are_not_of_length_one_are_refused_in_words():
     for embedding in (3 * unit(8, 8), torch.full((8, 8), math.nan)):
         with pytest.raises(UserError, match=r"length one.*Normalise"):
-            head().targets({n: Output(embedding, embedding) for n in (0, 1)}, Batch(torch.arange(8), progress(1)))
+            head().targets(
+                {n: Output(embedding, embedding) for n in (0, 1)},
+                Batch(torch.arange(8), progress(1)),
+            )
 
 
 @pytest.mark.parametrize(
@@ -339,14 +392,16 @@ def test_a_collapsed_loss_is_the_logarithm_that_the_alarm_knows():
         for each in model.prototypes.sets:
             each.copy_(each[:1].expand_as(each))
     outputs = {crop: model(same, crop) for crop in (0, 1)}
-    targets = model.targets({n: o.detach() for n, o in outputs.items()}, Batch(torch.arange(12), progress(1)))
+    targets = model.targets(
+        {n: o.detach() for n, o in outputs.items()}, Batch(torch.arange(12), progress(1))
+    )
     figures = model.loss(outputs, targets, Batch(torch.arange(12), progress(1)))
     expected = (math.log(6) + math.log(9)) / 2
     for name in ("cross_entropy", "ln_k", "entropy"):
         assert float(figures[name].detach()) == pytest.approx(expected, rel=1e-4), name
 
 
-# ------------------------------------------------------------------------------------------- stops
+# ------------------------------------------------------------------------------------------- st
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
@@ -355,13 +410,18 @@ def test_a_run_that_goes_on_ends_the_same(stop):
     settings = {"epochs": 3, "ema": 0.9}
     whole = trainer(head(queue_length=30, num_local=1), backbone=_convnet(), **settings)
     whole.fit()
-    first = trainer(head(queue_length=30, num_local=1), backbone=_convnet(), max_steps=stop, **settings)
+    first = trainer(
+        head(queue_length=30, num_local=1), backbone=_convnet(), max_steps=stop, **settings
+    )
     first.fit()
     state = copy.deepcopy(first.state_dict())
     second = trainer(head(queue_length=30, num_local=1), backbone=_convnet(), **settings)
     second.load_state_dict(state)
     second.fit()
-    for mine, theirs in ((second.network, whole.network), (second.eval_network, whole.eval_network)):
+    for mine, theirs in (
+        (second.network, whole.network),
+        (second.eval_network, whole.eval_network),
+    ):
         for name, value in theirs.state_dict().items():
             assert torch.equal(value, mine.state_dict()[name]), name
 

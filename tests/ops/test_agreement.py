@@ -12,7 +12,9 @@ from sklearn.neighbors import NearestNeighbors
 from deepclust.ops.agreement import neighbor_agreement, normalized_mutual_information
 
 
-@pytest.mark.parametrize(("num_first", "num_second", "noise"), [(4, 4, 0.3), (7, 3, 0.0), (50, 90, 0.9), (1, 5, 0.5)])
+@pytest.mark.parametrize(
+    ("num_first", "num_second", "noise"), [(4, 4, 0.3), (7, 3, 0.0), (50, 90, 0.9), (1, 5, 0.5)]
+)
 def test_equals_scikit_learn(num_first: int, num_second: int, noise: float) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     generator = torch.Generator().manual_seed(0)
@@ -36,7 +38,9 @@ def test_agreement_of_neighbours_is_corrected_for_chance():
     ring = torch.tensor([[1, 3], [2, 0], [3, 1], [0, 2]])
     assert float(neighbor_agreement(labels, ring)) == 0
     assert float(neighbor_agreement(labels, torch.tensor([[1], [0], [3], [2]]))) == 1
-    assert float(neighbor_agreement(labels, ring, torch.tensor([0, 1]))) == 0, "one cluster among those that count"
+    assert float(neighbor_agreement(labels, ring, torch.tensor([0, 1]))) == 0, (
+        "one cluster among those that count"
+    )
     labels, graph = torch.randint(0, 3, (50,)), torch.randint(0, 50, (50, 4))
     edges = (labels[graph] == labels[:, None]).double().mean()
     chance = sum(float((labels == k).double().mean()) ** 2 for k in range(3))

@@ -1,4 +1,6 @@
-"""What goes from rank to rank: any layout may be given, contiguous tensors are sent, the result keeps its layout."""
+"""What goes from rank to rank: any layout may be given, contiguous tensors are sent, the result
+keeps its layout.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 import deepclust
-from deepclust.distributed import World
 from deepclust.ops import pca_whiten
-from deepclust.ops.collectives import all_max, all_sum, broadcast, gather_equal, gather_rows, sum_over
+from deepclust.ops.collectives import (
+    all_max,
+    all_sum,
+    broadcast,
+    gather_equal,
+    gather_rows,
+    sum_over,
+)
 from deepclust.ops.kmeans.ranks import Ranks
+from deepclust.runtime.distributed import World
 from tests.ranks import TENSOR_COLLECTIVES, run_ranks
 
 
@@ -95,7 +104,21 @@ def test_no_other_module_sends_tensors() -> None:
     for file in root.rglob("*.py"):
         if file == root / "ops" / "collectives.py":
             continue
-        calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-        names = {f"{ast.unparse(call.value)}.{call.attr}" for call in calls if isinstance(call, ast.Attribute)}
-        sent = names & {f"{home}.{name}" for home in ("dist", "torch.distributed") for name in TENSOR_COLLECTIVES}
-        assert not sent, f"{file}: {sent}: use deepclust.ops.collectives, which sends contiguous tensors"
+        calls = [
+            node.func
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Call)
+        ]
+        names = {
+            f"{ast.unparse(call.value)}.{call.attr}"
+            for call in calls
+            if isinstance(call, ast.Attribute)
+        }
+        sent = names & {
+            f"{home}.{name}"
+            for home in ("dist", "torch.distributed")
+            for name in TENSOR_COLLECTIVES
+        }
+        assert not sent, (
+            f"{file}: {sent}: use deepclust.ops.collectives, which sends contiguous tensors"
+        )

@@ -1,4 +1,6 @@
-"""Diffusion clusters: the embedding against the Laplacian's pseudo-inverse, islands, votes, any number of clusters."""
+"""Diffusion clusters: the embedding against the Laplacian's pseudo-inverse, islands, votes, any
+number of clusters.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_with_power_one_half_products_are_the_laplacians_pseudo_inverse(monkeypa
     dense, scale = graph.toarray(), graph.toarray().sum(1) ** -0.5
     inverse = np.linalg.pinv(np.eye(40) - scale[:, None] * dense * scale)
     _, vectors = np.linalg.eigh(inverse)
-    kept = vectors[:, 3:] @ vectors[:, 3:].T  # less the constant and the two that a sparse solver leaves out
+    kept = (
+        vectors[:, 3:] @ vectors[:, 3:].T
+    )  # less the constant and the two that a sparse solver leaves out
     np.testing.assert_allclose(found @ found.T, kept @ inverse @ kept, atol=1e-8)
 
 

@@ -1,4 +1,6 @@
-"""Eigenvectors against SciPy's dense solver: where graphs are in pieces or full of copies, and where solvers fail."""
+"""Eigenvectors against SciPy's dense solver: where graphs are in pieces or full of copies, and
+where solvers fail.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,21 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, aslinearoperator
 from sklearn.decomposition import PCA
 
-from deepclust.folder.derived import leading_directions
+from deepclust.collection.derived import leading_directions
 from deepclust.ops import eigen, knn, pca_whiten
-from deepclust.ops.spectral import graph_components, neighbor_graph, spectral_components, spectral_embedding
+from deepclust.ops.spectral import (
+    graph_components,
+    neighbor_graph,
+    spectral_components,
+    spectral_embedding,
+)
 
 
 def _graph(x: np.ndarray, k: int, shared: bool = False) -> scipy.sparse.csr_matrix:
     rows = torch.nn.functional.normalize(torch.tensor(x, dtype=torch.float32), dim=1)
-    return neighbor_graph(knn(rows, rows, k=min(k, len(x) - 1), exclude_self=True)[1].numpy(), shared=shared)
+    return neighbor_graph(
+        knn(rows, rows, k=min(k, len(x) - 1), exclude_self=True)[1].numpy(), shared=shared
+    )
 
 
 def _normalised(graph: scipy.sparse.csr_matrix) -> np.ndarray:
@@ -63,7 +72,9 @@ def test_copies_of_an_eigenvalue_are_all_found(seed):
 
 @pytest.mark.parametrize("num", [1, 2, 3, 12])
 def test_one_row_few_rows_and_rows_that_are_all_alike(num):
-    everyone = np.array([[other for other in range(num) if other != row] for row in range(num)]).reshape(num, num - 1)
+    everyone = np.array(
+        [[other for other in range(num) if other != row] for row in range(num)]
+    ).reshape(num, num - 1)
     graph = neighbor_graph(everyone)
     values, vectors = graph_components(graph, 5)
     assert len(values) == max(1, min(5, num - 2))
@@ -100,7 +111,9 @@ def test_what_arpack_solves_stays_bit_for_bit():
     values, vectors = eigsh(scale @ graph @ scale, k=7, which="LA", v0=np.ones(200))
     order = np.argsort(-values)
     found = graph_components(graph, 7)
-    assert np.array_equal(found[0].numpy(), values[order]) and np.array_equal(found[1].numpy(), vectors[:, order])
+    assert np.array_equal(found[0].numpy(), values[order]) and np.array_equal(
+        found[1].numpy(), vectors[:, order]
+    )
 
 
 def _fail(*args, **options):
@@ -122,7 +135,9 @@ def test_without_arpack_others_find_the_same(monkeypatch, most):
 
 def test_solvers_that_all_fail_are_an_error_and_none_is_believed_unseen(monkeypatch):
     graph = _graph(np.random.default_rng(0).normal(size=(60, 8)), 6)
-    monkeypatch.setattr(eigen, "_arpack", lambda matrix, num, *rest: (np.ones(num), np.eye(60)[:, :num]))
+    monkeypatch.setattr(
+        eigen, "_arpack", lambda matrix, num, *rest: (np.ones(num), np.eye(60)[:, :num])
+    )
     _check(_normalised(graph), *(part.numpy() for part in graph_components(graph, 4)))
     monkeypatch.setattr(eigen, "_as_dense", _fail)
     with pytest.raises(np.linalg.LinAlgError, match="4 leading eigenvectors of this 60 x 60"):
@@ -167,7 +182,9 @@ def test_dense_matrices_with_dead_rows_with_and_without_torchs_solver(monkeypatc
         assert values.dtype == vectors.dtype == dtype
         torch.testing.assert_close(values, usual[0], atol=tolerance, rtol=0)
         torch.testing.assert_close(matrix @ vectors, vectors * values, atol=tolerance, rtol=0)
-        torch.testing.assert_close(vectors.T @ vectors, torch.eye(60, dtype=dtype), atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            vectors.T @ vectors, torch.eye(60, dtype=dtype), atol=tolerance, rtol=0
+        )
 
 
 def test_leading_directions_of_features_that_are_mostly_zero():
@@ -177,17 +194,23 @@ def test_leading_directions_of_features_that_are_mostly_zero():
             features = np.zeros((num, dim))
             columns = random.choice(dim, live, replace=False)
             base = np.abs(random.normal(size=live))
-            features[:, columns] = np.maximum(0, base * (1 + 0.01 * random.normal(size=(num, live))))
+            features[:, columns] = np.maximum(
+                0, base * (1 + 0.01 * random.normal(size=(num, live)))
+            )
             basis = leading_directions(features.astype(np.float16), np.arange(num), 128)
             torch.testing.assert_close(basis.T @ basis, torch.eye(128), atol=1e-5, rtol=0)
             unit = torch.nn.functional.normalize(torch.from_numpy(features).float(), dim=1)
-            torch.testing.assert_close((unit @ basis).norm(dim=1), torch.ones(num), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                (unit @ basis).norm(dim=1), torch.ones(num), atol=1e-5, rtol=0
+            )
             white = pca_whiten(features.astype(np.float32), live // 2)
             assert bool(white.isfinite().all())
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
-def test_principal_scores_are_those_of_scikit_learn_also_without_its_decomposition(monkeypatch, shape):
+def test_principal_scores_are_those_of_scikit_learn_also_without_its_decomposition(
+    monkeypatch, shape
+):
     x = np.random.default_rng(0).normal(size=shape) + 3
     expected = PCA(5, svd_solver="full").fit_transform(x)
     np.testing.assert_array_equal(eigen.principal_scores(x, 5), expected)

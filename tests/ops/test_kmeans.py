@@ -24,10 +24,14 @@ def mixture(num: int, dim: int, modes: int, seed: int = 0, spread: float = 1.0) 
 
 def oracle(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """(N, K) squared distances in float64, from the differences."""
-    return torch.cdist(x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.cdist(
+        x.double(), centroids.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
 
 
-def assert_nearest(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor, tol: float = 2e-6) -> None:
+def assert_nearest(
+    x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor, tol: float = 2e-6
+) -> None:
     """Every label is a nearest centroid; only ties of float32's own size may fall either way."""
     distances = oracle(x, centroids)
     gap = distances.gather(1, labels[:, None])[:, 0] - distances.amin(1)
@@ -37,8 +41,12 @@ def assert_nearest(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tenso
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize(("num", "dim", "num_clusters"), [(5000, 32, 50), (700, 3, 1), (1000, 130, 257), (300, 1, 7)])
-def test_one_step_against_a_float64_oracle(backend: str, num: int, dim: int, num_clusters: int) -> None:
+@pytest.mark.parametrize(
+    ("num", "dim", "num_clusters"), [(5000, 32, 50), (700, 3, 1), (1000, 130, 257), (300, 1, 7)]
+)
+def test_one_step_against_a_float64_oracle(
+    backend: str, num: int, dim: int, num_clusters: int
+) -> None:
     if backend == "faiss":
         pytest.importorskip("faiss")
     x = mixture(num, dim, 20)
@@ -104,7 +112,9 @@ def test_objective_never_rises(init: str, spherical: bool) -> None:
 def test_a_start_found_carefully_is_better_than_random_rows() -> None:
     x = mixture(4000, 16, 100)
     careful = [kmeans(x, 100, seed=seed, num_iters=20).inertia for seed in range(3)]
-    parallel = [kmeans(x, 100, init="k-means||", seed=seed, num_iters=20).inertia for seed in range(3)]
+    parallel = [
+        kmeans(x, 100, init="k-means||", seed=seed, num_iters=20).inertia for seed in range(3)
+    ]
     random = [kmeans(x, 100, init="random", seed=seed, num_iters=20).inertia for seed in range(3)]
     assert max(careful) < 0.9 * min(random)
     assert max(parallel) < 0.9 * min(random)
@@ -128,7 +138,9 @@ def test_nothing_is_timed_unless_asked_for(amd: bool, monkeypatch: pytest.Monkey
     x = mixture(900, 20, 40)
     asked = []
     monkeypatch.setattr(assign, "_trial", lambda *shape: asked.append(shape) or "numpy")
-    monkeypatch.setattr(assign.Path, "read_text", lambda path: "vendor_id : AuthenticAMD" if amd else "")
+    monkeypatch.setattr(
+        assign.Path, "read_text", lambda path: "vendor_id : AuthenticAMD" if amd else ""
+    )
     assign._steady.cache_clear()
     first, second = (kmeans(x, 40, num_iters=3) for _ in range(2))
     assert torch.equal(first.centroids, second.centroids)
@@ -151,7 +163,9 @@ def test_tolerance_stops_early_and_zero_runs_to_the_fixed_point() -> None:
     x = mixture(2000, 8, 20, spread=3.0)
     full = kmeans(x, 20, num_iters=500)
     assert full.num_iters < 500
-    assert kmeans(x, 20, init=full.centroids, num_iters=1).inertia == pytest.approx(full.inertia, rel=1e-7)
+    assert kmeans(x, 20, init=full.centroids, num_iters=1).inertia == pytest.approx(
+        full.inertia, rel=1e-7
+    )
     assert kmeans(x, 20, num_iters=500, tol=1e-1).num_iters < full.num_iters
 
 
@@ -197,10 +211,14 @@ def test_far_from_the_origin() -> None:
     near = kmeans(x, 10, init=x[:10])
     far = kmeans((x.double() + 1e4).float(), 10, init=(x[:10].double() + 1e4).float())
     assert far.inertia == pytest.approx(near.inertia, rel=1e-3)
-    torch.testing.assert_close(kmeans(x.double() + 1e5, 10).centroids - 1e5, kmeans(x.double(), 10).centroids)
+    torch.testing.assert_close(
+        kmeans(x.double() + 1e5, 10).centroids - 1e5, kmeans(x.double(), 10).centroids
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int64]
+)
 def test_dtypes(dtype: torch.dtype) -> None:
     x = (mixture(500, 6, 5) * 4 + 100).to(dtype)
     found = kmeans(x, 5)
@@ -216,7 +234,12 @@ def test_layouts_and_containers_agree(tmp_path) -> None:
     wide[:, ::2] = x
     np.save(tmp_path / "x.npy", x.numpy())
     chunks = [x[:1], x[1:400].numpy(), x[400:]]
-    others = [x.T.contiguous().T, wide[:, ::2], x.numpy(), np.load(tmp_path / "x.npy", mmap_mode="r")]
+    others = [
+        x.T.contiguous().T,
+        wide[:, ::2],
+        x.numpy(),
+        np.load(tmp_path / "x.npy", mmap_mode="r"),
+    ]
     others += [x.numpy().astype(">f4"), x.clone().requires_grad_(), chunks, tuple(chunks)]
     for other in others:
         got = kmeans(other, 10, num_iters=6)
@@ -228,7 +251,9 @@ def test_chunk_size_changes_nothing() -> None:
     x = mixture(1000, 12, 10, spread=2.0)
     want = kmeans(x, 10, num_iters=6)
     for chunk_size in (1, 7, 5000):
-        torch.testing.assert_close(kmeans(x, 10, num_iters=6, chunk_size=chunk_size).centroids, want.centroids)
+        torch.testing.assert_close(
+            kmeans(x, 10, num_iters=6, chunk_size=chunk_size).centroids, want.centroids
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
@@ -292,9 +317,14 @@ def test_any_small_problem(data: st.DataObject) -> None:
     )
     assert int(found.counts.sum()) == num
     start = x[:num_clusters]
-    values = [kmeans(x, num_clusters, init=start, num_iters=t, empty=empty).inertia for t in range(5)]
+    values = [
+        kmeans(x, num_clusters, init=start, num_iters=t, empty=empty).inertia for t in range(5)
+    ]
     if empty != "random":
         assert all(after <= before + 1e-4 * (1 + before) for before, after in pairwise(values))
     shuffled = torch.randperm(num, generator=torch.Generator().manual_seed(0))
-    one, other = (kmeans(rows, num_clusters, init=start, num_iters=1, empty="keep") for rows in (x, x[shuffled]))
+    one, other = (
+        kmeans(rows, num_clusters, init=start, num_iters=1, empty="keep")
+        for rows in (x, x[shuffled])
+    )
     torch.testing.assert_close(one.centroids, other.centroids, rtol=1e-4, atol=1e-4)

@@ -44,8 +44,16 @@ def alike(together: KMeansResult, alone: KMeansResult, index: tuple[int, ...]) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batch_draws_as_its_problems_do(init: str, spherical: bool, dtype: torch.dtype) -> None:
     far = 0 if spherical else 40
-    x = torch.stack([mixture(150, 6, 12, seed=seed, spread=2.0).to(dtype) + far * seed for seed in range(5)])
-    settings = {"init": init, "num_restarts": 2, "tol": 1e-3, "spherical": spherical, "num_iters": 7}
+    x = torch.stack(
+        [mixture(150, 6, 12, seed=seed, spread=2.0).to(dtype) + far * seed for seed in range(5)]
+    )
+    settings = {
+        "init": init,
+        "num_restarts": 2,
+        "tol": 1e-3,
+        "spherical": spherical,
+        "num_iters": 7,
+    }
     together = kmeans(x, 9, **settings)
     for number in range(5):
         alike(together, kmeans(x[number], 9, seed=number, **settings), (number,))
@@ -59,9 +67,13 @@ def test_empty_clusters_of_a_batch(empty: str) -> None:
     start = x[:, :8].clone()
     start[1, 2:] = 1e4
     together = kmeans(x, 8, init=start, empty=empty)
-    assert together.num_empty == sum(kmeans(x[p], 8, init=start[p], seed=p, empty=empty).num_empty for p in range(3))
+    assert together.num_empty == sum(
+        kmeans(x[p], 8, init=start[p], seed=p, empty=empty).num_empty for p in range(3)
+    )
     for number in range(3):
-        alike(together, kmeans(x[number], 8, init=start[number], seed=number, empty=empty), (number,))
+        alike(
+            together, kmeans(x[number], 8, init=start[number], seed=number, empty=empty), (number,)
+        )
 
 
 def test_small_and_large_groups_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +161,12 @@ def test_a_balanced_sample_is_even_among_the_children_of_every_cluster(count: in
 
 
 def test_balanced_sample_evens_out_a_long_tail() -> None:
-    x = torch.cat([mixture(size, 4, 1, seed=seed) + 50 * seed for seed, size in enumerate([1500, 300, 100, 40])])
+    x = torch.cat(
+        [
+            mixture(size, 4, 1, seed=seed) + 50 * seed
+            for seed, size in enumerate([1500, 300, 100, 40])
+        ]
+    )
     tree = hierarchical_kmeans(x, [40, 4], num_restarts=3)
     chosen = balanced_sample(tree, 160)
     assert torch.equal(chosen, torch.unique(chosen))

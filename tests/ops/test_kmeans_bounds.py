@@ -15,7 +15,9 @@ from tests.ops.test_kmeans import assert_nearest, mixture
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("limit", [0.15, 0.9])
-def test_every_pass_against_the_oracle(dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pass_against_the_oracle(
+    dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bounds, "STOP_ABOVE", limit)
     monkeypatch.setattr(bounds, "START_BELOW", 0.5)
     monkeypatch.setattr(bounds, "GROUP_SIZE", 7)
@@ -49,7 +51,9 @@ def test_the_loop_with_and_without_bounds(monkeypatch: pytest.MonkeyPatch) -> No
     settings = lloyd.Settings(30, 0.0, 1, "split", None, "torch", None)
 
     def run() -> lloyd.Run:
-        return lloyd.lloyd(rows, x[:64].clone(), lambda c: by_torch(c, bias_of(c, False), 256), settings, 0)
+        return lloyd.lloyd(
+            rows, x[:64].clone(), lambda c: by_torch(c, bias_of(c, False), 256), settings, 0
+        )
 
     plain = run()
     monkeypatch.setattr(bounds, "MIN_CLUSTERS", 2)

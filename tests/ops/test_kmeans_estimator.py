@@ -10,7 +10,8 @@ from deepclust.ops import KMeans
 from tests.ops.test_kmeans import mixture
 
 SKIPPED = {
-    # Another set of rows draws another start, as with scikit-learn's own KMeans; from one start the two are equal.
+    # Another set of rows draws another start, as with scikit-learn's own KMeans; from one start the
+    # two are equal.
     "check_sample_weight_equivalence_on_dense_data": "the random start depends on the number of rows",
 }
 

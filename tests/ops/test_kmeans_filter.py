@@ -1,4 +1,6 @@
-"""The bfloat16 filter is never wrong about a row that it calls sure, and the sums it feeds stay those of all rows."""
+"""The bfloat16 filter is never wrong about a row that it calls sure, and the sums it feeds stay
+those of all rows.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from deepclust.ops.kmeans.sums import RunningSums
 from tests.ops.test_kmeans import assert_nearest, mixture, oracle
 
 bfloat16 = pytest.mark.skipif(
-    not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    not (
+        hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ),
     reason="torch has no bfloat16 product for this processor",
 )
 
@@ -88,7 +93,11 @@ def test_every_pass_against_the_oracle(spherical: bool, num_clusters: int) -> No
     x = torch.nn.functional.normalize(x, dim=1) if spherical else x
     rows = Rows(x, Ranks(), block_size=1700, spherical=spherical)
     rows.shift = None
-    quick, labels, centroids = Filter(rows), torch.zeros(3000, dtype=torch.int64), x[:num_clusters].clone()
+    quick, labels, centroids = (
+        Filter(rows),
+        torch.zeros(3000, dtype=torch.int64),
+        x[:num_clusters].clone(),
+    )
     for _ in range(6):
         quick.begin(centroids, by_torch(centroids, bias_of(centroids, spherical), 256))
         packed = lloyd_step(rows, quick.assign, num_clusters, labels)
@@ -136,30 +145,42 @@ def test_too_much_doubt_ends_it() -> None:
 
 @bfloat16
 @pytest.mark.parametrize("spherical", [False, True])
-def test_the_loop_with_and_without_the_filter(spherical: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_with_and_without_the_filter(
+    spherical: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(filtering, "cpu_has_fast_bfloat16", lambda: True)
     x = mixture(4000, 64, 300)
     plain = kmeans(x, 300, init=x[:300], num_iters=6, backend="numpy", spherical=spherical)
     asked = []
     begin = Filter.begin
     monkeypatch.setattr(Filter, "begin", lambda *arguments: asked.append(1) or begin(*arguments))
-    quick, again = (kmeans(x, 300, init=x[:300], num_iters=6, spherical=spherical) for _ in range(2))
+    quick, again = (
+        kmeans(x, 300, init=x[:300], num_iters=6, spherical=spherical) for _ in range(2)
+    )
     assert asked
     assert quick.inertia == pytest.approx(plain.inertia, rel=1e-6)
     assert float((quick.labels != plain.labels).double().mean()) < 1e-3
     assert torch.equal(quick.centroids, again.centroids)
     monkeypatch.setattr(filtering, "cpu_has_fast_bfloat16", lambda: False)
     asked.clear()
-    assert torch.equal(kmeans(x, 300, init=x[:300], num_iters=6, spherical=spherical).labels, plain.labels)
+    assert torch.equal(
+        kmeans(x, 300, init=x[:300], num_iters=6, spherical=spherical).labels, plain.labels
+    )
     assert not asked
 
 
 @pytest.mark.parametrize("move_below", [0.15, 1.0])
-def test_running_sums_are_the_sums_of_all_rows(move_below: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_sums_are_the_sums_of_all_rows(
+    move_below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sums, "MOVE_BELOW", move_below)
     x = mixture(3000, 6, 20, spread=2.0)
     rows = Rows(x, Ranks(), block_size=700)
-    running, labels, centroids = RunningSums(rows, 30), torch.zeros(3000, dtype=torch.int64), x[:30].clone()
+    running, labels, centroids = (
+        RunningSums(rows, 30),
+        torch.zeros(3000, dtype=torch.int64),
+        x[:30].clone(),
+    )
     for _ in range(12):
         find = by_torch(centroids, bias_of(centroids, False), 256)
         packed = running(lambda start, block, part, find=find: find(block, part), labels)

@@ -1,7 +1,8 @@
-"""The CUDA side of k-means: kernels in triton's interpreter, the guard around them, backends by name.
+"""The CUDA side of k-means: kernels in triton's interpreter, the guard around them, backends by
+name.
 
-triton decides when it is imported whether it interprets, so the tests marked `interpreted` run in a process of their
-own, which `test_everything_interpreted` starts.
+triton decides when it is imported whether it interprets, so the tests marked `interpreted` run in a
+process of their own, which `test_everything_interpreted` starts.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ def fresh_guard(monkeypatch):
 def mixture(num: int, dim: int, modes: int = 10, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(modes, dim, generator=generator)
-    return centres[torch.randint(modes, (num,), generator=generator)] + torch.randn(num, dim, generator=generator)
+    return centres[torch.randint(modes, (num,), generator=generator)] + torch.randn(
+        num, dim, generator=generator
+    )
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton; starts the process with it")
+@pytest.mark.skipif(
+    INTERPRETED or find_spec("triton") is None, reason="needs triton; starts the process with it"
+)
 def test_everything_interpreted():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
@@ -52,7 +57,7 @@ def test_everything_interpreted():
     assert "passed" in done.stdout
 
 
-# --- kernels against float64 ----------------------------------------------------------------------------------------
+# --- kernels against float64 ------------------------------------------------------------------
 
 
 @interpreted
@@ -66,7 +71,9 @@ def test_labels_against_float64(num, dim, num_clusters, biased, dtype):
     from deepclust.ops.kmeans import kernels
 
     x = mixture(num, dim).to(dtype)
-    centroids = torch.cat([x[:num_clusters].float(), mixture(max(num_clusters - num, 0), dim, seed=1)])
+    centroids = torch.cat(
+        [x[:num_clusters].float(), mixture(max(num_clusters - num, 0), dim, seed=1)]
+    )
     bias = bias_of(centroids, False) if biased else None
     labels = torch.full((num,), -7)
     kernels.assign(x, centroids, bias, labels)
@@ -80,7 +87,8 @@ def test_labels_against_float64(num, dim, num_clusters, biased, dtype):
 def test_the_lowest_index_among_equals_wins(precision):
     from deepclust.ops.kmeans import kernels
 
-    # Small whole numbers: every product and sum is exact, so twins score alike in whatever order a processor adds.
+    # Small whole numbers: every product and sum is exact, so twins score alike in whatever order a
+    # processor adds.
     x = mixture(80, 20).round()
     twins = x[:30].repeat(5, 1)
     labels = torch.empty(80, dtype=torch.int64)
@@ -97,7 +105,9 @@ def test_strided_rows_and_scores_that_overflow():
     wide = mixture(100, 40)
     labels = torch.full((100,), -1)
     kernels.assign(wide[:, 7:29], wide[:9, 7:29], bias_of(wide[:9, 7:29], False), labels)
-    assert torch.equal(labels, (wide[:, 7:29] @ wide[:9, 7:29].T + bias_of(wide[:9, 7:29], False)).argmax(1))
+    assert torch.equal(
+        labels, (wide[:, 7:29] @ wide[:9, 7:29].T + bias_of(wide[:9, 7:29], False)).argmax(1)
+    )
     kernels.assign(wide, wide[:9], torch.full((9,), float("-inf")), labels)
     assert not labels.any()
     kernels.assign(wide[:0], wide[:9], None, labels[:0])
@@ -106,7 +116,9 @@ def test_strided_rows_and_scores_that_overflow():
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("num", "dim", "num_clusters"), [(700, 5, 3), (20, 70, 5), (1, 1, 4), (513, 3, 1)])
+@pytest.mark.parametrize(
+    ("num", "dim", "num_clusters"), [(700, 5, 3), (20, 70, 5), (1, 1, 4), (513, 3, 1)]
+)
 def test_sums_against_float64_and_twice_the_same(num, dim, num_clusters, weighted, dtype):
     from deepclust.ops.kmeans import kernels
 
@@ -117,9 +129,13 @@ def test_sums_against_float64_and_twice_the_same(num, dim, num_clusters, weighte
     weights = torch.rand(num, generator=generator) if weighted else None
     sums, totals = kernels.segment_sums(x, labels, num_clusters, weights)
     factors = torch.ones(num, dtype=torch.float64) if weights is None else weights.double()
-    exact = torch.zeros(num_clusters, dim, dtype=torch.float64).index_add_(0, labels, x.double() * factors[:, None])
+    exact = torch.zeros(num_clusters, dim, dtype=torch.float64).index_add_(
+        0, labels, x.double() * factors[:, None]
+    )
     torch.testing.assert_close(sums, exact, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(totals, torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, labels, factors))
+    torch.testing.assert_close(
+        totals, torch.zeros(num_clusters, dtype=torch.float64).index_add_(0, labels, factors)
+    )
     again = kernels.segment_sums(x, labels, num_clusters, weights)
     assert torch.equal(sums, again[0]) and torch.equal(totals, again[1])
 
@@ -127,7 +143,12 @@ def test_sums_against_float64_and_twice_the_same(num, dim, num_clusters, weighte
 @interpreted
 @pytest.mark.parametrize(
     ("backend", "weighted", "spherical"),
-    [("triton", False, False), ("triton", True, True), ("triton-tf32x3", False, True), ("triton-tf32", True, False)],
+    [
+        ("triton", False, False),
+        ("triton", True, True),
+        ("triton-tf32x3", False, True),
+        ("triton-tf32", True, False),
+    ],
 )
 def test_the_whole_run_equals_torch(backend, weighted, spherical):
     x = mixture(300, 12)
@@ -149,7 +170,7 @@ def test_float64_rows_go_to_torch():
     assert torch.equal(ours.labels, plain.labels) and ours.centroids.dtype == torch.float64
 
 
-# --- the guard ------------------------------------------------------------------------------------------------------
+# --- the guard --------------------------------------------------------------------------------
 
 
 def wrong_kernel(x, centroids, bias, labels, precision):
@@ -179,7 +200,9 @@ def test_a_bad_kernel_costs_one_warning_and_no_label(kernel, problem, monkeypatc
     from deepclust.ops.kmeans import kernels
 
     monkeypatch.setattr(kernels, "assign", kernel)
-    monkeypatch.setattr(kernels, "segment_sums", lambda *about: [part.double() for part in segment_sums(*about)])
+    monkeypatch.setattr(
+        kernels, "segment_sums", lambda *about: [part.double() for part in segment_sums(*about)]
+    )
     x = mixture(300, 8)
     plain = kmeans(x, 6, init=x[:6], num_iters=2, backend="torch")
     with pytest.warns(RuntimeWarning) as caught:
@@ -207,7 +230,9 @@ def test_a_bad_sum_costs_one_warning(fault, monkeypatch):
     monkeypatch.setattr(kernels, "segment_sums", bad)
     x = mixture(300, 8)
     plain = kmeans(x, 6, init=x[:6], num_iters=2, backend="torch")
-    with pytest.warns(RuntimeWarning, match="sums of clusters were wrong|no such instruction") as caught:
+    with pytest.warns(
+        RuntimeWarning, match="sums of clusters were wrong|no such instruction"
+    ) as caught:
         ours = kmeans(x, 6, init=x[:6], num_iters=2, backend="triton")
     assert len(caught) == 1
     assert torch.equal(ours.labels, plain.labels)
@@ -218,7 +243,9 @@ def test_the_guard_looks_at_4096_rows_and_no_more(monkeypatch):
     from deepclust.ops.kmeans import kernels
 
     looked = []
-    monkeypatch.setattr(kernels, "assign", lambda x, c, bias, labels, _: labels.copy_((x @ c.T + bias).argmax(1)))
+    monkeypatch.setattr(
+        kernels, "assign", lambda x, c, bias, labels, _: labels.copy_((x @ c.T + bias).argmax(1))
+    )
     monkeypatch.setattr(gpu, "num_wrong", lambda rows, *_: looked.append(len(rows)) or 0)
     x = mixture(3000, 4)
     find = backend_for("triton", CPU)(x[:5], bias_of(x[:5], False), 256)
@@ -235,7 +262,9 @@ def test_half_precision_rows_are_guarded_too():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find(x.half(), labels)
-    assert gpu.GUARD.left and torch.equal(labels, (x.half().float() @ x[:5].T + bias_of(x[:5], False)).argmax(1))
+    assert gpu.GUARD.left and torch.equal(
+        labels, (x.half().float() @ x[:5].T + bias_of(x[:5], False)).argmax(1)
+    )
 
 
 def test_only_proven_ties_are_forgiven():
@@ -250,7 +279,10 @@ def test_only_proven_ties_are_forgiven():
     # A label better than the expected one is not wrong, one that is not a number is.
     assert gpu.num_wrong(x, centroids, bias, best, swapped) == 0
     centroids[2] = float("nan")
-    assert gpu.num_wrong(x, centroids, bias, torch.full((50,), 2), torch.zeros(50, dtype=torch.int64)) == 50
+    assert (
+        gpu.num_wrong(x, centroids, bias, torch.full((50,), 2), torch.zeros(50, dtype=torch.int64))
+        == 50
+    )
 
 
 def test_the_bound_widens_with_what_a_precision_drops():
@@ -262,13 +294,15 @@ def test_the_bound_widens_with_what_a_precision_drops():
     assert gpu.num_wrong(x, centroids, None, found, expected, "tf32") == 0
 
 
-# --- backends by name -----------------------------------------------------------------------------------------------
+# --- backends by name -------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter makes the processor a device of triton's")
 @pytest.mark.parametrize("name", list(gpu.GPU_BACKENDS))
 def test_gpu_backends_name_the_device_they_need(name):
-    with pytest.raises(ValueError, match=rf"backend='{name}': works on CUDA devices, the rows are on cpu"):
+    with pytest.raises(
+        ValueError, match=rf"backend='{name}': works on CUDA devices, the rows are on cpu"
+    ):
         kmeans(mixture(50, 3), 4, backend=name)
 
 
@@ -301,7 +335,9 @@ def test_auto_takes_triton_only_where_it_is(monkeypatch):
     assert backend_for("auto", cuda) is by_torch
     monkeypatch.setattr(gpu, "find_spec", lambda _: object())
     assert backend_for("auto", cuda) is not by_torch
-    assert gpu.sums_for("auto", cuda) is gpu.by_cluster and gpu.sums_for("torch", cuda) is segment_sums
+    assert (
+        gpu.sums_for("auto", cuda) is gpu.by_cluster and gpu.sums_for("torch", cuda) is segment_sums
+    )
 
 
 def test_scores_fill_half_of_the_second_level_cache(monkeypatch):
@@ -316,18 +352,29 @@ def test_flash_kmeans_is_asked_for_the_nearest(package, monkeypatch):
     """Their packages assert CUDA; here stand-ins with their signatures."""
 
     def with_squares(x, centroids, x_sq):
-        return ((x_sq[:, :, None] - 2 * x @ centroids.mT) + centroids.square().sum(2)[:, None]).argmin(2).int()
+        return (
+            ((x_sq[:, :, None] - 2 * x @ centroids.mT) + centroids.square().sum(2)[:, None])
+            .argmin(2)
+            .int()
+        )
 
     def without(x, centroids):
         return with_squares(x, centroids, x.square().sum(2))
 
-    where = {"flash_kmeans": "assign_euclid_triton", "flashlib": "primitives.kmeans.triton.assign"}[package]
+    where = {"flash_kmeans": "assign_euclid_triton", "flashlib": "primitives.kmeans.triton.assign"}[
+        package
+    ]
     parts = [package, *where.split(".")]
     for depth in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), types.ModuleType(parts[depth - 1]))
+        monkeypatch.setitem(
+            sys.modules, ".".join(parts[:depth]), types.ModuleType(parts[depth - 1])
+        )
     module = sys.modules[f"{package}.{where}"]
     monkeypatch.setattr(
-        module, "euclid_assign_triton", with_squares if package == "flash_kmeans" else without, raising=False
+        module,
+        "euclid_assign_triton",
+        with_squares if package == "flash_kmeans" else without,
+        raising=False,
     )
     monkeypatch.setattr(gpu, "flash_package", lambda: package)
     monkeypatch.setattr(torch.cuda, "device", lambda _: warnings.catch_warnings())

@@ -1,4 +1,6 @@
-"""Data larger than the memory that k-means may take: chunks made afresh on every pass, and memory maps."""
+"""Data larger than the memory that k-means may take: chunks made afresh on every pass, and memory
+maps.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ def test_memory_stays_within_the_budget(helped: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(filtering, "cpu_has_fast_bfloat16", lambda: helped)
     monkeypatch.setattr(bounds, "START_BELOW", 0.5)
     monkeypatch.setattr(bounds, "STOP_ABOVE", 0.9)
-    filtered, bounded = count(Filter, "_assign_chunk", monkeypatch), count(GroupBounds, "_search_group", monkeypatch)
+    filtered, bounded = (
+        count(Filter, "_assign_chunk", monkeypatch),
+        count(GroupBounds, "_search_group", monkeypatch),
+    )
     moved = count(RunningSums, "_move", monkeypatch)
     chunks, num_clusters = Chunks(), 500 if helped else 20
     start = chunks.base[:num_clusters].clone()

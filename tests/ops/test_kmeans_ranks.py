@@ -54,7 +54,9 @@ def test_three_ranks_equal_one() -> None:
     together = run_ranks(work, 3)
     for name in [*KINDS, "chunks"]:
         for part in together:
-            torch.testing.assert_close(part[name].centroids, alone[name].centroids, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                part[name].centroids, alone[name].centroids, rtol=1e-5, atol=1e-5
+            )
             assert torch.equal(part[name].centroids, together[0][name].centroids)
             assert part[name].inertia == pytest.approx(alone[name].inertia, rel=1e-6)
             assert torch.equal(part[name].counts, alone[name].counts)

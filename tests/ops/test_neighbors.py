@@ -27,7 +27,9 @@ def scores(queries: torch.Tensor, bank: torch.Tensor, metric: str) -> np.ndarray
     return 1 - distances if metric == "cosine" else -distances
 
 
-def check(queries: torch.Tensor, bank: torch.Tensor, k: int, metric: Any, exclude_self: bool, tol: float) -> None:
+def check(
+    queries: torch.Tensor, bank: torch.Tensor, k: int, metric: Any, exclude_self: bool, tol: float
+) -> None:
     """Values are the k best, and every index has the value it is given: right for ties too."""
     values, indices = knn(queries, bank, k=k, metric=metric, exclude_self=exclude_self)
     truth = scores(queries, bank, metric)
@@ -63,22 +65,40 @@ def test_other_queries(metric: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 60), st.integers(1, 6), st.integers(1, 5), st.sampled_from(["cosine", "dot", "euclidean"]))
+@given(
+    st.integers(2, 60),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.sampled_from(["cosine", "dot", "euclidean"]),
+)
 def test_duplicates_and_ties(num: int, dim: int, values: int, metric: str) -> None:
-    x = torch.randint(1, values + 1, (num, dim), generator=torch.Generator().manual_seed(num)).float()
+    x = torch.randint(
+        1, values + 1, (num, dim), generator=torch.Generator().manual_seed(num)
+    ).float()
     check(x, x, min(4, num - 1), metric, True, 1e-5)
 
 
 @settings(deadline=None)
-@given(st.integers(2, 40), st.integers(1, 6), st.sampled_from(["cosine", "dot", "euclidean"]), st.integers(0, 999))
-def test_order_of_the_bank_and_of_the_queries_changes_nothing(num: int, dim: int, metric: Any, seed: int) -> None:
+@given(
+    st.integers(2, 40),
+    st.integers(1, 6),
+    st.sampled_from(["cosine", "dot", "euclidean"]),
+    st.integers(0, 999),
+)
+def test_order_of_the_bank_and_of_the_queries_changes_nothing(
+    num: int, dim: int, metric: Any, seed: int
+) -> None:
     queries, bank = points(9, dim, seed), points(num, dim, seed + 1)
     k, order = min(num, 4), torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     values, indices = knn(queries, bank, k=k, metric=metric)
     others, places = knn(queries.flip(0), bank[order], k=k, metric=metric)
-    torch.testing.assert_close(others.flip(0), values, rtol=1e-5, atol=2e-6 if metric != "euclidean" else 1e-3)
+    torch.testing.assert_close(
+        others.flip(0), values, rtol=1e-5, atol=2e-6 if metric != "euclidean" else 1e-3
+    )
     truth = torch.from_numpy(scores(queries, bank, metric))
-    np.testing.assert_allclose(truth.gather(1, order[places].flip(0)), truth.gather(1, indices), atol=1e-5)
+    np.testing.assert_allclose(
+        truth.gather(1, order[places].flip(0)), truth.gather(1, indices), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -136,7 +156,9 @@ def test_faiss_finds_the_same(metric: Any, exclude_self: bool) -> None:
     x = points(700, 6)
     by_faiss = knn(x, x, k=5, metric=metric, exclude_self=exclude_self, backend="faiss")
     own = knn(x, x, k=5, metric=metric, exclude_self=exclude_self)
-    torch.testing.assert_close(by_faiss[0], own[0], atol=2e-3 if metric == "euclidean" else 1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        by_faiss[0], own[0], atol=2e-3 if metric == "euclidean" else 1e-5, rtol=1e-5
+    )
     assert (by_faiss[1] == own[1]).double().mean() > 0.99
 
 
@@ -146,9 +168,13 @@ def test_faiss_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         knn(points(5, 3), points(5, 3), k=1, backend="faiss")
 
 
-@pytest.mark.parametrize("kind", ["spread", "clustered", "one side", "equal", "tiny", "mixed lengths"])
+@pytest.mark.parametrize(
+    "kind", ["spread", "clustered", "one side", "equal", "tiny", "mixed lengths"]
+)
 @pytest.mark.parametrize("exclude_self", [False, True])
-def test_proposals_in_bfloat16_lose_nothing(kind: str, exclude_self: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposals_in_bfloat16_lose_nothing(
+    kind: str, exclude_self: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search, "cpu_has_fast_bfloat16", lambda: True)
     x = points(5000, 64)
     if kind == "clustered":  # many scores within bfloat16's rounding of each other
@@ -163,10 +189,16 @@ def test_proposals_in_bfloat16_lose_nothing(kind: str, exclude_self: bool, monke
         x = x * torch.logspace(-3, 3, 5000)[:, None]
     for metric in ("cosine", "dot"):
         unit = float(x.square().sum(1).amax()) if metric == "dot" else 1.0
-        bank = x.double() if metric == "dot" else torch.nn.functional.normalize(x.double(), dim=1, eps=0.0)
+        bank = (
+            x.double()
+            if metric == "dot"
+            else torch.nn.functional.normalize(x.double(), dim=1, eps=0.0)
+        )
         truth = bank[:700] @ bank.T
         if exclude_self:
-            values, indices = (part[:700] for part in knn(x, x, k=9, metric=metric, exclude_self=True))
+            values, indices = (
+                part[:700] for part in knn(x, x, k=9, metric=metric, exclude_self=True)
+            )
             truth.fill_diagonal_(-torch.inf)
         else:
             values, indices = knn(x[:700], x, k=9, metric=metric)
@@ -176,7 +208,9 @@ def test_proposals_in_bfloat16_lose_nothing(kind: str, exclude_self: bool, monke
         assert all(len(set(row)) == 9 for row in indices.tolist())
 
 
-def test_queries_that_the_filter_cannot_settle_are_few_on_spread_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_that_the_filter_cannot_settle_are_few_on_spread_data(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(search, "cpu_has_fast_bfloat16", lambda: True)
     again: list[int] = []
     original = search.search_exact
@@ -204,7 +238,9 @@ def test_more_copies_of_a_row_than_neighbours_and_self_is_still_left_out() -> No
 def test_approximate_search_finds_nearly_all(metric: Any) -> None:
     pytest.importorskip("faiss")
     x = points(100, 16, 1).repeat(60, 1) + 0.3 * points(6000, 16)
-    values, indices = knn(x, x, k=10, metric=metric, exclude_self=True, backend="faiss", approximate=True)
+    values, indices = knn(
+        x, x, k=10, metric=metric, exclude_self=True, backend="faiss", approximate=True
+    )
     exact_values, exact = knn(x, x, k=10, metric=metric, exclude_self=True)
     assert (indices[:, :, None] == exact[:, None]).any(2).double().mean() > 0.9
     assert (indices != torch.arange(6000)[:, None]).all()
@@ -223,7 +259,9 @@ def test_all_pairs_of_long_rows_are_multiplied_once(monkeypatch, metric, exclude
     seen: list[int] = []
     product = search._product
 
-    def counted(chunk: torch.Tensor, piece: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def counted(
+        chunk: torch.Tensor, piece: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         seen.append(len(chunk) * len(piece))
         return product(chunk, piece, bias)
 

@@ -1,4 +1,6 @@
-"""Whole numbers and float64 far from zero: times, ids and counts keep their differences in every operation."""
+"""Whole numbers and float64 far from zero: times, ids and counts keep their differences in every
+operation.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
-from deepclust.clusterers import METHODS, cluster
+from deepclust.clustering.methods import METHODS, cluster
 from deepclust.data.features import from_features
 from deepclust.errors import UserError
 from deepclust.eval import knn_probe, linear_probe
@@ -26,8 +28,14 @@ from tests.ranks import run_ranks
 NOW = 1_700_000_000
 TRUTH = np.repeat([0, 1], 50)
 RANDOM = np.random.default_rng(0)
-TIMES = NOW + np.stack([np.r_[RANDOM.integers(0, 10, 50), RANDOM.integers(60, 70, 50)] for _ in range(3)], axis=1)
-SPREAD = NOW + np.where(TRUTH[:, None] == 0, [1, 0, 0], [0, 1, 0]) * 1000 + RANDOM.integers(0, 30, (100, 3))
+TIMES = NOW + np.stack(
+    [np.r_[RANDOM.integers(0, 10, 50), RANDOM.integers(60, 70, 50)] for _ in range(3)], axis=1
+)
+SPREAD = (
+    NOW
+    + np.where(TRUTH[:, None] == 0, [1, 0, 0], [0, 1, 0]) * 1000
+    + RANDOM.integers(0, 30, (100, 3))
+)
 """Directions that differ by a millionth."""
 
 KINDS: dict[str, Callable[[np.ndarray], Any]] = {
@@ -54,7 +62,10 @@ def test_kmeans_tells_times_apart(kind: str) -> None:
     expected = theirs.cluster_centers_[np.argsort(theirs.cluster_centers_[:, 0])]
     centers = found.centroids.numpy()
     np.testing.assert_allclose(np.sort(centers, axis=0) - NOW, expected, atol=1e-5)
-    assert found.inertia == pytest.approx(theirs.inertia_, rel=1e-6) and found.centroids.dtype == torch.float64
+    assert (
+        found.inertia == pytest.approx(theirs.inertia_, rel=1e-6)
+        and found.centroids.dtype == torch.float64
+    )
     again = kmeans(x, 2, init=found.centroids, num_iters=0)
     assert torch.equal(again.labels, found.labels)
 
@@ -68,14 +79,18 @@ def test_kmeans_of_chunks_of_batches_and_of_small_numbers() -> None:
         assert adjusted_rand_score(TRUTH, labels) == 1
     for small in (np.arange(40).reshape(20, 2), np.arange(40, dtype=np.uint8).reshape(20, 2)):
         found, floats = kmeans(small, 3), kmeans(small.astype(np.float32), 3)
-        assert found.centroids.dtype == torch.float32 and torch.equal(found.centroids, floats.centroids)
+        assert found.centroids.dtype == torch.float32 and torch.equal(
+            found.centroids, floats.centroids
+        )
 
 
 @pytest.mark.parametrize("kind", [name for name in KINDS if "tensor" not in name])
 def test_the_estimator_predicts_times(kind: str) -> None:
     x = KINDS[kind](TIMES)
     model = KMeans(2).fit(x)
-    assert adjusted_rand_score(TRUTH, model.labels_) == 1 and np.array_equal(model.predict(x), model.labels_)
+    assert adjusted_rand_score(TRUTH, model.labels_) == 1 and np.array_equal(
+        model.predict(x), model.labels_
+    )
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
@@ -86,7 +101,9 @@ def test_neighbours_of_times(kind: str, metric: str) -> None:
     exact = TIMES.astype(object)  # Python's whole numbers
     squares = [[int(((a - b) ** 2).sum()) for b in exact] for a in exact]
     if metric == "euclidean":
-        expected = np.sort(np.array(squares, dtype=float) + np.diag(np.full(100, np.inf)), axis=1)[:, :4]
+        expected = np.sort(np.array(squares, dtype=float) + np.diag(np.full(100, np.inf)), axis=1)[
+            :, :4
+        ]
         np.testing.assert_allclose(values.numpy() ** 2, expected, atol=1e-6)
         assert (TRUTH[found.numpy()] == TRUTH[:, None]).all()
     if metric == "dot":
@@ -107,7 +124,9 @@ def test_neighbours_among_rows_of_another_dtype() -> None:
     assert knn(small, small, k=1)[0].dtype == torch.float32
 
 
-AROUND = 2**24 + np.stack([RANDOM.integers(-3000, 0, 50), RANDOM.integers(0, 3000, 50)]).reshape(100, 1)
+AROUND = 2**24 + np.stack([RANDOM.integers(-3000, 0, 50), RANDOM.integers(0, 3000, 50)]).reshape(
+    100, 1
+)
 
 
 def _on_ranks(rank: int, size: int) -> torch.Tensor:
@@ -142,7 +161,9 @@ def test_transport_of_whole_numbers_is_that_of_their_differences() -> None:
     labels = self_label(torch.tensor(scores, dtype=torch.float64)).labels
     assert torch.equal(self_label(torch.tensor(scores - NOW)).labels, labels)
     near = partial_transport(torch.tensor(scores, dtype=torch.float64), mass=0.5)
-    torch.testing.assert_close(partial_transport(far, mass=0.5).plan, near.plan, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        partial_transport(far, mass=0.5).plan, near.plan, atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["tensor of int64", "tensor of float64"])
@@ -152,32 +173,48 @@ def test_graphs_of_directions_that_differ_little(kind: str) -> None:
     assert adjusted_rand_score(TRUTH, diffusion_clusters(x, 2)) == 1
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("umap_hdbscan", "prototypes", "tsne_gmm")])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name not in ("umap_hdbscan", "prototypes", "tsne_gmm")]
+)
 def test_clusterers_take_whole_numbers(method: str) -> None:
     assert adjusted_rand_score(TRUTH, cluster(method, SPREAD, 2).labels) == 1
 
 
 def test_probes_of_times() -> None:
-    assert linear_probe(TIMES, TRUTH) == 1 and linear_probe(TIMES[::2], TRUTH[::2], test=(TIMES, TRUTH)) == 1
+    assert (
+        linear_probe(TIMES, TRUTH) == 1
+        and linear_probe(TIMES[::2], TRUTH[::2], test=(TIMES, TRUTH)) == 1
+    )
     assert knn_probe(SPREAD, TRUTH, k=3) == 1
 
 
 def test_features_that_float32_cannot_tell_apart_are_refused_for_training() -> None:
     for values in (TIMES, TIMES.astype(float), torch.tensor(TIMES)):
-        with pytest.raises(UserError, match=r"column \d holds values around 1.7e\+09 that differ by .* Subtract each"):
+        with pytest.raises(
+            UserError,
+            match=r"column \d holds values around 1.7e\+09 that differ by .* Subtract each",
+        ):
             from_features(values)
     assert len(from_features(TIMES - TIMES.mean(0)).train) == 100
     assert len(from_features(TIMES * 1000 % 10**6).train) == 100
     constant = np.concatenate([np.full((100, 1), NOW), RANDOM.normal(size=(100, 4)) * 10], axis=1)
-    assert len(from_features(constant).train) == 100, "a column that is the same everywhere tells nothing anyway"
+    assert len(from_features(constant).train) == 100, (
+        "a column that is the same everywhere tells nothing anyway"
+    )
 
 
 def test_what_rounding_loses() -> None:
     assert lost_by_float32(TIMES) > 1 and lost_by_float32(TIMES - NOW) == 0
-    assert lost_by_float32(TIMES.astype(np.float32)) == 0 and lost_by_float32(np.full((5, 2), 0.1)) == 0
+    assert (
+        lost_by_float32(TIMES.astype(np.float32)) == 0
+        and lost_by_float32(np.full((5, 2), 0.1)) == 0
+    )
     plain = RANDOM.normal(size=(100, 4))
     assert 0 < lost_by_float32(plain) < 1e-7 and as_rows(plain).dtype == np.float32
-    assert as_rows(TIMES).dtype == np.float64 and as_rows(np.array([[1e300, 0], [0, 1]])).dtype == np.float64
+    assert (
+        as_rows(TIMES).dtype == np.float64
+        and as_rows(np.array([[1e300, 0], [0, 1]])).dtype == np.float64
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ def test_factors_are_those_of_scikit_learn(kind: str, k: int) -> None:
     rows, queries = rows.astype(dtype), queries.astype(dtype)
     theirs = LocalOutlierFactor(k, novelty=True).fit(rows.astype(np.float64))
     known, own = fit_density(torch.from_numpy(rows), k)
-    found, distance, nearest = outlier_factors(torch.from_numpy(queries), torch.from_numpy(rows), known, k)
+    found, distance, nearest = outlier_factors(
+        torch.from_numpy(queries), torch.from_numpy(rows), known, k
+    )
     np.testing.assert_allclose(own, -theirs.negative_outlier_factor_, rtol=2e-4)
     np.testing.assert_allclose(found, -theirs.score_samples(queries.astype(np.float64)), rtol=2e-4)
     exact = np.linalg.norm(queries[:, None].astype(np.float64) - rows[None], axis=2)

@@ -10,7 +10,12 @@ from sklearn.datasets import load_digits, make_moons
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors, kneighbors_graph
 
-from deepclust.ops.spectral import neighbor_graph, spectral_clusters, spectral_components, spectral_embedding
+from deepclust.ops.spectral import (
+    neighbor_graph,
+    spectral_clusters,
+    spectral_components,
+    spectral_embedding,
+)
 from tests.ranks import run_ranks
 
 
@@ -26,7 +31,9 @@ def test_agrees_with_scikit_learn_on_digits():
     x = torch.tensor(pixels, dtype=torch.float32)
     x = x / x.norm(dim=1, keepdim=True)
     ours = spectral_clusters(x, 10, num_neighbors=10, extra_components=0)
-    theirs = SpectralClustering(10, affinity="nearest_neighbors", n_neighbors=10, random_state=0).fit_predict(x.numpy())
+    theirs = SpectralClustering(
+        10, affinity="nearest_neighbors", n_neighbors=10, random_state=0
+    ).fit_predict(x.numpy())
     assert adjusted_rand_score(truth, ours) > adjusted_rand_score(truth, theirs) - 0.05
 
 
@@ -47,7 +54,9 @@ def test_fewer_components_are_the_first_of_more():
     fewer, first = spectral_components(x, 4, num_neighbors=6)
     assert values[0] == pytest.approx(1) and (values.diff() <= 0).all()
     torch.testing.assert_close(values[:4], fewer)
-    torch.testing.assert_close((vectors[:, :4] * first).sum(0).abs(), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        (vectors[:, :4] * first).sum(0).abs(), torch.ones(4, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("num_components", [3, 6, 11])
@@ -84,7 +93,9 @@ def test_two_ranks_find_what_one_finds():
 
 
 def test_edges_weigh_what_their_ends_share():
-    x = torch.nn.functional.normalize(torch.randn(50, 4, generator=torch.Generator().manual_seed(2)), dim=1)
+    x = torch.nn.functional.normalize(
+        torch.randn(50, 4, generator=torch.Generator().manual_seed(2)), dim=1
+    )
     near = NearestNeighbors(n_neighbors=7).fit(x).kneighbors(x, return_distance=False)
     sets = [set(row) for row in near]
     expected = np.zeros((50, 50))
@@ -94,12 +105,16 @@ def test_edges_weigh_what_their_ends_share():
     found = neighbor_graph(near[:, 1:], shared=True).toarray()
     np.testing.assert_allclose(found, expected, atol=1e-12)
     theirs = kneighbors_graph(x, 7, include_self=True)
-    np.testing.assert_allclose(neighbor_graph(near[:, 1:]).toarray(), 0.5 * (theirs + theirs.T).toarray())
+    np.testing.assert_allclose(
+        neighbor_graph(near[:, 1:]).toarray(), 0.5 * (theirs + theirs.T).toarray()
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_components_are_those_of_the_laplacian(shared):
-    x = torch.nn.functional.normalize(torch.randn(60, 5, generator=torch.Generator().manual_seed(1)), dim=1)
+    x = torch.nn.functional.normalize(
+        torch.randn(60, 5, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     near = NearestNeighbors(n_neighbors=9).fit(x).kneighbors(x, return_distance=False)[:, 1:]
     values, vectors = spectral_components(x, 5, num_neighbors=8, shared=shared)
     graph = neighbor_graph(near, shared=shared).toarray()

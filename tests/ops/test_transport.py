@@ -1,4 +1,6 @@
-"""Balanced assignment and self-labelling: against POT, the papers' loops, and the properties that define them."""
+"""Balanced assignment and self-labelling: against POT, the papers' loops, and the properties that
+define them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from deepclust.ops import self_label, sinkhorn
 KINDS = ("normal", "one-hot", "equal rows", "equal")
 
 
-def rows(num: int, clusters: int, scale: float, kind: str = "normal", seed: int = 0) -> torch.Tensor:
+def rows(
+    num: int, clusters: int, scale: float, kind: str = "normal", seed: int = 0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num, clusters, generator=generator)
     if kind == "one-hot":
@@ -30,7 +34,9 @@ def rows(num: int, clusters: int, scale: float, kind: str = "normal", seed: int 
     return scale * x
 
 
-def log_domain(scores: torch.Tensor, epsilon: float, num_iters: int, marginal: torch.Tensor) -> torch.Tensor:
+def log_domain(
+    scores: torch.Tensor, epsilon: float, num_iters: int, marginal: torch.Tensor
+) -> torch.Tensor:
     """Equation 5 of SwAV on logarithms in float64: columns, then rows."""
     log_plan = scores.double() / epsilon
     for _ in range(num_iters):
@@ -49,22 +55,34 @@ def test_sinkhorn_is_the_log_domain_loop(scale: float, shape: tuple[int, int]) -
     scores = rows(*shape, scale)
     for epsilon in (0.05, 0.01):
         expected = log_domain(scores, epsilon, 3, uniform(shape[1]))
-        torch.testing.assert_close(sinkhorn(scores, epsilon=epsilon).double(), expected, atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            sinkhorn(scores, epsilon=epsilon).double(), expected, atol=2e-6, rtol=0
+        )
 
 
 def test_sinkhorn_is_pot() -> None:
     scores = rows(40, 12, 0.3).double()
     expected: Any = ot.sinkhorn(
-        np.full(40, 1 / 40), np.full(12, 1 / 12), -scores.numpy(), 0.05, numItermax=7, stopThr=0, warn=False
+        np.full(40, 1 / 40),
+        np.full(12, 1 / 12),
+        -scores.numpy(),
+        0.05,
+        numItermax=7,
+        stopThr=0,
+        warn=False,
     )
     np.testing.assert_allclose(sinkhorn(scores, num_iters=7), 40 * expected, atol=1e-12)
-    np.testing.assert_allclose(sinkhorn(scores, num_iters=7, backend="pot"), 40 * expected, atol=1e-12)
+    np.testing.assert_allclose(
+        sinkhorn(scores, num_iters=7, backend="pot"), 40 * expected, atol=1e-12
+    )
 
 
 def test_sinkhorn_takes_any_column_marginal() -> None:
     marginal = torch.tensor([0.0, 1.0, 2.0, 3.0, 1e-4])  # is normalised
     codes = sinkhorn(rows(200, 5, 0.2).double(), num_iters=500, column_marginal=marginal)
-    torch.testing.assert_close(codes.mean(0), marginal.double() / marginal.double().sum(), atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(
+        codes.mean(0), marginal.double() / marginal.double().sum(), atol=1e-9, rtol=1e-6
+    )
     torch.testing.assert_close(codes.sum(1), torch.ones(200, dtype=torch.float64))
 
 
@@ -122,7 +140,9 @@ def test_sinkhorn_refuses_a_marginal_that_is_none() -> None:
             sinkhorn(rows(5, 4, 1.0), column_marginal=marginal)
 
 
-def paper_loop(log_probs: torch.Tensor, power: float, tol: float) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+def paper_loop(
+    log_probs: torch.Tensor, power: float, tol: float
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """The published NumPy loop of SeLa, in float64."""
     powers = np.exp(log_probs.double().numpy()).T ** power
     clusters, num = powers.shape
@@ -145,7 +165,9 @@ def test_paper_rule_is_the_papers_loop(power: float, tol: float) -> None:
     assert np.array_equal(found.labels, labels)
     np.testing.assert_allclose(found.log_cluster_scale, log_r, atol=1e-10)
     np.testing.assert_allclose(found.log_sample_scale, log_c, atol=1e-10)
-    np.testing.assert_allclose(found.cost, -log_probs.double().numpy()[np.arange(500), labels].mean(), rtol=1e-12)
+    np.testing.assert_allclose(
+        found.cost, -log_probs.double().numpy()[np.arange(500), labels].mean(), rtol=1e-12
+    )
 
 
 def test_self_label_is_pots_plan() -> None:
@@ -153,7 +175,12 @@ def test_self_label_is_pots_plan() -> None:
     found = self_label(log_probs, power=10.0, tol=1e-11)
     plan = (10.0 * log_probs + found.log_cluster_scale + found.log_sample_scale[:, None]).exp()
     expected: Any = ot.sinkhorn(
-        np.full(120, 1 / 120), np.full(6, 1 / 6), -log_probs.numpy(), 0.1, numItermax=100_000, stopThr=1e-12
+        np.full(120, 1 / 120),
+        np.full(6, 1 / 6),
+        -log_probs.numpy(),
+        0.1,
+        numItermax=100_000,
+        stopThr=1e-12,
     )
     np.testing.assert_allclose(plan, expected, atol=1e-9)
     assert np.array_equal(found.labels, expected.argmax(1))
@@ -164,7 +191,9 @@ def test_chunks_give_what_the_tensor_gives() -> None:
     whole = self_label(log_probs)
     chunked = self_label(lambda: iter(log_probs.split(50)))
     assert torch.equal(whole.labels, chunked.labels) and len(chunked.log_sample_scale) == 333
-    torch.testing.assert_close(whole.log_cluster_scale, chunked.log_cluster_scale, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        whole.log_cluster_scale, chunked.log_cluster_scale, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 10.0, 100.0, 1e4])
@@ -188,8 +217,14 @@ def test_self_label_gives_an_unused_cluster_its_share() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 8), st.floats(-4, 4), st.sampled_from(KINDS))
 def test_self_label_is_always_finite(num: int, clusters: int, log_scale: float, kind: str) -> None:
-    found = self_label(torch.log_softmax(rows(num, clusters, 10**log_scale, kind), 1), max_iters=200)
-    assert found.labels.shape == (num,) and int(found.labels.min()) >= 0 and int(found.labels.max()) < clusters
+    found = self_label(
+        torch.log_softmax(rows(num, clusters, 10**log_scale, kind), 1), max_iters=200
+    )
+    assert (
+        found.labels.shape == (num,)
+        and int(found.labels.min()) >= 0
+        and int(found.labels.max()) < clusters
+    )
     assert found.log_cluster_scale.isfinite().all() and found.log_sample_scale.isfinite().all()
 
 

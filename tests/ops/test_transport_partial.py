@@ -1,4 +1,6 @@
-"""Partial transport: against POT where it solves the same problem, a float64 log-domain loop, and its properties."""
+"""Partial transport: against POT where it solves the same problem, a float64 log-domain loop, and
+its properties.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,20 @@ from deepclust.ops import mass_schedule, partial_transport
 from tests.ops.test_transport import KINDS, rows
 
 
-def virtual_cluster_loop(logits: torch.Tensor, mass: float, kl_weight: float, epsilon: float) -> torch.Tensor:
-    """P2OT's algorithm 1 on logarithms in float64, to a standstill: the virtual cluster's scale is iterated."""
+def virtual_cluster_loop(
+    logits: torch.Tensor, mass: float, kl_weight: float, epsilon: float
+) -> torch.Tensor:
+    """P2OT's algorithm 1 on logarithms in float64, to a standstill: the virtual cluster's scale is
+    iterated.
+    """
     num, clusters = logits.shape
     kernel = torch.log_softmax(logits.double(), 1) / epsilon
     kernel = torch.cat([kernel, torch.zeros(num, 1, dtype=torch.float64)], 1)
     log_target = torch.full((clusters + 1,), math.log(mass / clusters), dtype=torch.float64)
     log_target[-1] = math.log1p(-mass)
-    exponent = torch.full_like(log_target, 1.0 if kl_weight == math.inf else kl_weight / (kl_weight + epsilon))
+    exponent = torch.full_like(
+        log_target, 1.0 if kl_weight == math.inf else kl_weight / (kl_weight + epsilon)
+    )
     exponent[-1] = 1.0
     log_b, change = torch.zeros_like(log_target), math.inf
     while change > 1e-13:
@@ -38,7 +46,9 @@ def virtual_cluster_loop(logits: torch.Tensor, mass: float, kl_weight: float, ep
 def test_plan_is_the_papers_fixed_point(mass: float, kl_weight: float) -> None:
     logits = rows(80, 6, 3.0).double()
     found = partial_transport(logits, mass=mass, kl_weight=kl_weight, tol=1e-12)
-    torch.testing.assert_close(found.plan, virtual_cluster_loop(logits, mass, kl_weight, 0.1), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        found.plan, virtual_cluster_loop(logits, mass, kl_weight, 0.1), atol=1e-9, rtol=0
+    )
 
 
 def test_full_mass_with_kl_columns_is_pots_unbalanced() -> None:
@@ -63,7 +73,9 @@ def test_hard_columns_are_pots_balanced_transport_with_a_free_column() -> None:
     logits = rows(60, 5, 2.0).double()
     cost = np.concatenate([-torch.log_softmax(logits, 1).numpy(), np.zeros((60, 1))], 1)
     target = np.array([0.4 / 5] * 5 + [0.6])
-    plan: Any = ot.sinkhorn(np.full(60, 1 / 60), target, cost, 0.1, numItermax=100_000, stopThr=1e-14)
+    plan: Any = ot.sinkhorn(
+        np.full(60, 1 / 60), target, cost, 0.1, numItermax=100_000, stopThr=1e-14
+    )
     found = partial_transport(logits, mass=0.4, kl_weight=math.inf, tol=1e-12)
     np.testing.assert_allclose(found.plan, 60 * plan[:, :-1], atol=1e-9)
     np.testing.assert_allclose(found.plan.sum(0), 0.4 * 60 / 5, rtol=1e-9)
@@ -73,7 +85,9 @@ def test_hard_columns_are_pots_balanced_transport_with_a_free_column() -> None:
 @pytest.mark.parametrize("epsilon", [0.1, 0.01])
 @pytest.mark.parametrize("kl_weight", [1.0, math.inf])
 @pytest.mark.parametrize("mass", [0.1, 1.0])
-def test_unused_clusters_break_nothing(dtype: torch.dtype, epsilon: float, kl_weight: float, mass: float) -> None:
+def test_unused_clusters_break_nothing(
+    dtype: torch.dtype, epsilon: float, kl_weight: float, mass: float
+) -> None:
     logits = rows(160, 10, 2.0).to(dtype)
     logits[:, 3:5] = -200.0
     found = partial_transport(logits, mass=mass, kl_weight=kl_weight, epsilon=epsilon)
@@ -95,13 +109,26 @@ def test_unused_clusters_break_nothing(dtype: torch.dtype, epsilon: float, kl_we
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_rows_and_mass_are_exact_on_any_input(
-    num: int, clusters: int, log_scale: float, kind: str, mass: float, kl_weight: float, dtype: torch.dtype
+    num: int,
+    clusters: int,
+    log_scale: float,
+    kind: str,
+    mass: float,
+    kl_weight: float,
+    dtype: torch.dtype,
 ) -> None:
     logits = rows(num, clusters, 10**log_scale, kind).to(dtype)
     found = partial_transport(logits, mass=mass, kl_weight=kl_weight, max_iters=100)
-    assert found.plan.isfinite().all() and (found.plan >= 0).all() and found.log_cluster_scale.isfinite().all()
+    assert (
+        found.plan.isfinite().all()
+        and (found.plan >= 0).all()
+        and found.log_cluster_scale.isfinite().all()
+    )
     assert float(found.plan.sum(1).max()) <= 1 + 1e-5
-    assert abs(float(found.plan.double().mean(0).sum()) - mass) < 1e-5 and abs(found.mass - mass) < 1e-9
+    assert (
+        abs(float(found.plan.double().mean(0).sum()) - mass) < 1e-5
+        and abs(found.mass - mass) < 1e-9
+    )
 
 
 def test_warm_start_saves_rounds_and_changes_nothing() -> None:
@@ -110,7 +137,9 @@ def test_warm_start_saves_rounds_and_changes_nothing() -> None:
     warm = partial_transport(logits, mass=0.3, tol=1e-10, warm_start=cold.log_cluster_scale)
     assert warm.num_iters <= 2 < cold.num_iters
     torch.testing.assert_close(warm.plan, cold.plan, atol=1e-9, rtol=0)
-    full = partial_transport(logits, mass=1.0, tol=1e-10)  # its virtual cluster is empty: that must not poison
+    full = partial_transport(
+        logits, mass=1.0, tol=1e-10
+    )  # its virtual cluster is empty: that must not poison
     after = partial_transport(logits, mass=0.3, tol=1e-10, warm_start=full.log_cluster_scale)
     torch.testing.assert_close(after.plan, cold.plan, atol=1e-9, rtol=0)
     wild = torch.linspace(-1e4, 1e4, 11).double()
@@ -122,7 +151,9 @@ def test_permuted_rows_and_columns_give_the_permuted_plan() -> None:
     logits = rows(70, 6, 2.0).double()
     p, q = torch.randperm(70), torch.randperm(6)
     permuted = partial_transport(logits[p][:, q], mass=0.5, tol=1e-11).plan
-    torch.testing.assert_close(permuted, partial_transport(logits, mass=0.5, tol=1e-11).plan[p][:, q])
+    torch.testing.assert_close(
+        permuted, partial_transport(logits, mass=0.5, tol=1e-11).plan[p][:, q]
+    )
 
 
 def test_only_confident_samples_are_used() -> None:
@@ -160,8 +191,16 @@ def test_mass_schedule(t: float, expected: float) -> None:
 @pytest.mark.filterwarnings("ignore:If reg_type = entropy")
 def test_pot_as_a_backend_gives_the_same(mass: float, kl_weight: float) -> None:
     logits = rows(80, 6, 2.0).double()
-    options: dict[str, Any] = {"mass": mass, "kl_weight": kl_weight, "tol": 1e-10, "max_iters": 20_000}
-    own, by_pot = partial_transport(logits, **options), partial_transport(logits, **options, backend="pot")
+    options: dict[str, Any] = {
+        "mass": mass,
+        "kl_weight": kl_weight,
+        "tol": 1e-10,
+        "max_iters": 20_000,
+    }
+    own, by_pot = (
+        partial_transport(logits, **options),
+        partial_transport(logits, **options, backend="pot"),
+    )
     torch.testing.assert_close(by_pot.plan, own.plan, atol=1e-7, rtol=0)
     assert by_pot.violation < 1e-7 and by_pot.mass == pytest.approx(mass, abs=1e-8)
     again = partial_transport(logits, **options, warm_start=by_pot.log_cluster_scale)

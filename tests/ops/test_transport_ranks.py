@@ -22,7 +22,11 @@ def rows(num: int, dim: int, scale: float) -> Tensor:
 
 def everything(low: int, high: int, group: Any) -> dict[str, Tensor]:
     """Results whose first axis is this rank's rows."""
-    scores, logits, x = rows(90, 7, 0.5)[low:high], rows(90, 7, 4.0)[low:high], rows(90, 5, 1.0)[low:high]
+    scores, logits, x = (
+        rows(90, 7, 0.5)[low:high],
+        rows(90, 7, 4.0)[low:high],
+        rows(90, 5, 1.0)[low:high],
+    )
     log_probs = torch.log_softmax(logits, 1)
     whole = rows(90, 5, 1.0)
     similarity = (whole @ whole.T).exp().tril()[low:high]  # not symmetric
@@ -35,15 +39,26 @@ def everything(low: int, high: int, group: Any) -> dict[str, Tensor]:
             lambda: log_probs.split(20), stop="paper", tol=3.0, group=group
         ).log_sample_scale,
         "partial": partial_transport(logits, mass=0.3, tol=1e-9, group=group).plan,
-        "hard": partial_transport(logits, mass=1.0, kl_weight=float("inf"), tol=1e-9, group=group).plan,
+        "hard": partial_transport(
+            logits, mass=1.0, kl_weight=float("inf"), tol=1e-9, group=group
+        ).plan,
     }
-    options: dict[str, Any] = {"mass": 0.4, "similarity_weight": 0.1, "max_linearisations": 3, "group": group}
+    options: dict[str, Any] = {
+        "mass": 0.4,
+        "similarity_weight": 0.1,
+        "max_linearisations": 3,
+        "group": group,
+    }
     found["semantic"] = semantic_partial_transport(logits, similarity, **options).plan
-    found["semantic sparse"] = semantic_partial_transport(logits, similarity.to_sparse(), **options).plan
+    found["semantic sparse"] = semantic_partial_transport(
+        logits, similarity.to_sparse(), **options
+    ).plan
     for metric in ("cosine", "dot", "euclidean"):
         values, indices = knn(x + 3, x + 3, k=60, metric=metric, exclude_self=True, group=group)
         found[f"{metric} values"], found[f"{metric} indices"] = values, indices
-    found["few queries"] = knn(x[:1], x, k=4, group=group)[1] if low else knn(x, x, k=4, group=group)[1]
+    found["few queries"] = (
+        knn(x[:1], x, k=4, group=group)[1] if low else knn(x, x, k=4, group=group)[1]
+    )
     return found
 
 
@@ -78,6 +93,8 @@ def test_three_ranks_equal_one() -> None:
     alone["few queries"] = torch.cat([alone["few queries"][:37], alone["few queries"][37:38]])
     for name, expected in alone.items():
         together = torch.cat([found[name] for found, _ in results])
-        torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            together, expected, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
     for rank, (_, told) in enumerate(results):
         assert ("[3]" in told[0]) == (rank == 2)

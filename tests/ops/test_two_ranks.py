@@ -1,4 +1,6 @@
-"""Two ranks with uneven and empty shards give what one gives: k-means with all its helpers, transport, neighbours."""
+"""Two ranks with uneven and empty shards give what one gives: k-means with all its helpers,
+transport, neighbours.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,19 @@ def helpers_on(*names: str) -> Iterator[dict[str, int]]:
     patches = [mock.patch.object(*METHODS[name], counted(name)) for name in METHODS]
     patches += [mock.patch.object(*limits[name], 2 if name in names else 10**9) for name in limits]
     patches += [mock.patch.object(filtering, "cpu_has_fast_bfloat16", lambda: True)]
-    patches += [mock.patch.object(bounds, "START_BELOW", 0.5), mock.patch.object(sums, "MOVE_BELOW", 0.5)]
+    patches += [
+        mock.patch.object(bounds, "START_BELOW", 0.5),
+        mock.patch.object(sums, "MOVE_BELOW", 0.5),
+    ]
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         yield calls
 
 
-def everything(low: int, high: int, group: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+def everything(
+    low: int, high: int, group: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
     """(results by row of this rank, results equal on all ranks, how often each helper was at work)."""
     x = mixture(NUM, 24, 70, spread=2.0)
     mine, log_probs = x[low:high], torch.log_softmax(x[low:high, :9], 1)
@@ -83,7 +90,9 @@ def everything(low: int, high: int, group: Any) -> tuple[dict[str, Tensor], dict
     by_row["sinkhorn"] = NUM * sinkhorn(mine[:, :9] / 10, group=group)
     solved = self_label(log_probs, tol=1e-8, group=group)
     by_row["self_label"], by_row["self_label: scale"] = solved.labels, solved.log_sample_scale
-    by_row["partial_transport"] = NUM * partial_transport(mine[:, :9], mass=0.3, tol=1e-9, group=group).plan
+    by_row["partial_transport"] = (
+        NUM * partial_transport(mine[:, :9], mass=0.3, tol=1e-9, group=group).plan
+    )
     for metric in ("cosine", "dot", "euclidean"):
         values, indices = knn(mine, mine, k=7, metric=metric, exclude_self=True, group=group)
         by_row[f"knn, {metric}"], by_row[f"knn, {metric}: indices"] = values, indices
@@ -112,12 +121,20 @@ def test_two_ranks_equal_one() -> None:
                 assert float((together != expected).double().mean()) < 1e-3
                 continue
             torch.testing.assert_close(
-                together, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name, cut=cut: f"{cut}, {name}: {m}"
+                together,
+                expected,
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda m, name=name, cut=cut: f"{cut}, {name}: {m}",
             )
         for name, expected in shared.items():
             for found in (first, second):
                 torch.testing.assert_close(
-                    found[cut][1][name], expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+                    found[cut][1][name],
+                    expected,
+                    rtol=1e-5,
+                    atol=1e-5,
+                    msg=lambda m, name=name: f"{name}: {m}",
                 )
             assert torch.equal(first[cut][1][name], second[cut][1][name])
     assert first["uneven"][2]["sums"]

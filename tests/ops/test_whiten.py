@@ -39,7 +39,9 @@ def test_directions_without_variance_give_zeros() -> None:
 
 def test_chunks_agree_and_bad_input_is_refused() -> None:
     x = correlated().float()
-    torch.testing.assert_close(pca_whiten([x[:300], x[300:].numpy()], 3), pca_whiten(x, 3), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        pca_whiten([x[:300], x[300:].numpy()], 3), pca_whiten(x, 3), atol=1e-4, rtol=1e-4
+    )
     with pytest.raises(ValueError, match="num_components=11"):
         pca_whiten(x, 11)
     with pytest.raises(ValueError, match="at least 2 rows"):

@@ -6,16 +6,17 @@ the rows in doubt are compared in float32, and only with the centroids that may 
 
 Why a lead beyond the margin is a proof. Let m be any vector, c' = c − m and s = x·c' − |c|²/2 +
 |m|²/2 the exact score of a row; taking m off changes all scores of a row by the same amount, so the
-nearest centroid is the one of largest s. What is computed is t = bf16(fl(x̃·c̃ + b)), with x̃ and c̃
-the inputs rounded to bfloat16, b the float32 value of (|m|² − |c|²)/2, and fl a float32 sum in any
-order.
+nearest centroid is the one of largest s. What is computed is t = bf16(fl(x̃·c̃ + b)), with x̃ and
+c̃ the inputs rounded to bfloat16, b the float32 value of (|m|² − |c|²)/2, and fl a float32 sum in
+any order.
 
-* Inputs: |x·c' − x̃·c̃| = |(x − x̃)·c' + x̃·(c' − c̃)| <= |x − x̃||c'| + |x̃||c' − c̃| by Cauchy and
+* Inputs: |x·c' − x̃·c̃| = |(x − x̃)·c' + x̃·(c' − c̃)| <= |x − x̃||c'| + |x̃||c' − c̃| by Cauchy
+and
   Schwarz. The two lengths |x − x̃| and |c' − c̃| are measured, not bounded: they are about a third
   of what 2⁻⁸ a component would allow.
 * Accumulation: products of two bfloat16 numbers are exact in float32, so the sum of D of them and
-  the bias has D + 1 roundings at most: less than (D + 2) 2⁻²⁴ (|x̃||c̃| + |b|) (Higham 2002, section
-  3.1). Twice that is taken.
+  the bias has D + 1 roundings at most: less than (D + 2) 2⁻²⁴ (|x̃||c̃| + |b|) (Higham 2002,
+  section 3.1). Twice that is taken.
 * Bias and c': b and c' are themselves rounded sums; (D + 4) 2⁻²² |c|² covers the first, 2⁻²² |x||c|
   the second.
 * Output: bf16 rounds to the nearest, |t − v| <= 2⁻⁸ |t|, and never changes a sign.

@@ -100,8 +100,7 @@ def kmeans(
     if getattr(x, "ndim", 2) > 2:
         if group is not None:
             raise ValueError(
-                f"x: a batch of problems, {tuple(x.shape)}, cannot be spread over ranks; "
-                "give one at a time"
+                f"x: a batch of problems, {tuple(x.shape)}, cannot be spread over ranks; give one at a time"
             )
         return _batch(x, num_clusters, init, spherical, sample_weights, seed, settings)
     rows = Rows(x, Ranks(group), weights=sample_weights, spherical=spherical)
@@ -121,7 +120,9 @@ def _batch(
     lead = tuple(x.shape[:-2])
     if 0 in lead:
         raise ValueError(f"x: expected at least one problem, got shape {tuple(x.shape)}")
-    if computed_in(x) == torch.float64:  # one dtype for all problems, whichever of them hold large numbers
+    if (
+        computed_in(x) == torch.float64
+    ):  # one dtype for all problems, whichever of them hold large numbers
         x = x.double() if isinstance(x, Tensor) else x.astype(np.float64)
 
     def rows_of(index: tuple[int, ...]) -> Rows:
@@ -196,8 +197,7 @@ def _check(rows: Rows, num_clusters: int, init: Any, settings: Settings) -> str 
     only_assign = settings.num_iters == 0 and not isinstance(init, str)
     if not 1 <= num_clusters <= rows.total and not only_assign:
         raise ValueError(
-            f"num_clusters={num_clusters}: must be at least 1 and at most the number of rows, "
-            f"{rows.total}"
+            f"num_clusters={num_clusters}: must be at least 1 and at most the number of rows, {rows.total}"
         )
     if settings.num_iters < 0 or settings.num_restarts < 1 or not settings.tol >= 0:
         raise ValueError(

@@ -66,8 +66,7 @@ def gpu_backend(name: str, device: torch.device, plain: Backend) -> Backend:
     if name in PRECISIONS:
         if find_spec("triton") is None:
             raise ValueError(
-                f"backend={name!r}: triton is not installed; "
-                "`pip install triton`, or take backend='torch'"
+                f"backend={name!r}: triton is not installed; `pip install triton`, or take backend='torch'"
             )
         if not has_triton(device):
             raise _wrong_device(name, device)
@@ -79,8 +78,7 @@ def gpu_backend(name: str, device: torch.device, plain: Backend) -> Backend:
 
         if not hasattr(faiss, "StandardGpuResources"):
             raise ValueError(
-                "backend='faiss': this faiss works on the processor only; "
-                "install faiss-gpu, or take 'auto'"
+                "backend='faiss': this faiss works on the processor only; install faiss-gpu, or take 'auto'"
             )
         return by_faiss_gpu
     if not flash_package():
@@ -105,7 +103,7 @@ def sums_for(name: str, device: torch.device) -> Sums:
     return segment_sums
 
 
-# --- the guard ----------------------------------------------------------------------------------
+# --- the guard --------------------------------------------------------------------------------
 
 
 class Guard:
@@ -323,7 +321,7 @@ def _same_sums(
     return True
 
 
-# --- other libraries ----------------------------------------------------------------------------
+# --- other libraries --------------------------------------------------------------------------
 
 
 def flash_package() -> str | None:

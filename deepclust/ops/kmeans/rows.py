@@ -69,7 +69,11 @@ class Rows:
         """Whether float32 would round whole numbers, or the rows are float64 themselves."""
         if computed_in(first) == torch.float64:
             return True
-        whole = not first.dtype.is_floating_point if isinstance(first, Tensor) else first.dtype.kind in "iu"
+        whole = (
+            not first.dtype.is_floating_point
+            if isinstance(first, Tensor)
+            else first.dtype.kind in "iu"
+        )
         return whole and any(computed_in(chunk) == torch.float64 for chunk in self._chunks())
 
     def _chunks(self) -> Iterator[Any]:

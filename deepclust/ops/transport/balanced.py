@@ -15,7 +15,9 @@ from deepclust.ops.transport.shared import exp_, refuse_not_finite
 CHUNK_BYTES = 8_388_608  # of rows worked on at a time on a CPU: they stay in the last-level cache
 LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
 SMALL = 40.0  # |scores| / epsilon up to here need no shift
-MAX_RANGE = 1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
+MAX_RANGE = (
+    1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
+)
 
 
 @exact
@@ -28,16 +30,21 @@ def sinkhorn(
     group: Any = None,
     backend: Literal["own", "pot"] = "own",
 ) -> Tensor:
-    """Codes of a batch: diag(r) exp(scores / epsilon) diag(c) after `num_iters` rounds of columns, then rows.
+    """Codes of a batch: diag(r) exp(scores / epsilon) diag(c) after `num_iters` rounds of columns,
+    then rows.
 
-    scores: (B, K) similarities (larger = more alike), any finite values; float16 and bfloat16 are computed in float32.
-    column_marginal: (K,) non-negative, the share of the batch each cluster gets; uniform by default. With a process
-    `group` scores are this rank's rows of one joint batch, of any number. backend "pot" asks the POT library.
+    scores: (B, K) similarities (larger = more alike), any finite values; float16 and bfloat16 are
+    computed in float32.
+    column_marginal: (K,) non-negative, the share of the batch each cluster gets; uniform by
+    default. With a process `group` scores are this rank's rows of one joint batch, of any number.
+    backend "pot" asks the POT library.
 
-    Returns codes (B, K), float64 for float64 scores, else float32. Rows sum to 1; columns approach B * column_marginal
-    as `num_iters` grows. Source: SwAV (Caron et al. 2020), equation 5 and appendix A.
+    Returns codes (B, K), float64 for float64 scores, else float32. Rows sum to 1; columns approach
+    B * column_marginal as `num_iters` grows. Source: SwAV (Caron et al. 2020), equation 5 and
+    appendix A.
 
-    Raises ValueError for scores that are not finite or a marginal that is no distribution over K clusters.
+    Raises ValueError for scores that are not finite or a marginal that is no distribution over K
+    clusters.
     """
     if scores.ndim != 2 or epsilon <= 0 or num_iters < 1:
         raise ValueError(
@@ -64,15 +71,20 @@ def _marginal(column_marginal: Tensor | None, scores: Tensor) -> Tensor:
     if column_marginal is None:
         return scores.new_full((clusters,), 1.0 / max(clusters, 1))
     marginal = torch.as_tensor(column_marginal, dtype=scores.dtype, device=scores.device)
-    if marginal.shape != (clusters,) or not bool((marginal >= 0).all() & marginal.isfinite().all() & marginal.any()):
+    if marginal.shape != (clusters,) or not bool(
+        (marginal >= 0).all() & marginal.isfinite().all() & marginal.any()
+    ):
         raise ValueError(
             f"column_marginal {marginal.tolist()} must be {clusters} non-negative finite shares, not all zero"
         )
     return marginal / marginal.sum()
 
 
-def _scale(scores: Tensor, codes: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group: Any) -> Tensor:
-    """Writes the codes and gives the largest ratio of two cluster scales. Only the scaling vectors change by round.
+def _scale(
+    scores: Tensor, codes: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group: Any
+) -> Tensor:
+    """Writes the codes and gives the largest ratio of two cluster scales. Only the scaling vectors
+    change by round.
 
     Every row chunk gives its row sums and its share of the next column sums while it is in cache.
     """
@@ -98,11 +110,13 @@ def _scale(scores: Tensor, codes: Tensor, epsilon: float, num_iters: int, margin
     return spread
 
 
-def _first_sums(scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int) -> tuple[Tensor, Tensor]:
+def _first_sums(
+    scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int
+) -> tuple[Tensor, Tensor]:
     """Writes the kernel exp(sharpness * (scores - shift of the row)) into codes.
 
-    Gives the column sums (K,) of exp(sharpness * (scores - peak)) and the peak: the first round starts from equal
-    weights of the bare scores, as the paper does, not of the shifted ones.
+    Gives the column sums (K,) of exp(sharpness * (scores - peak)) and the peak: the first round
+    starts from equal weights of the bare scores, as the paper does, not of the shifted ones.
     """
     sums = torch.zeros_like(codes[:1].sum(0))
     peak = sums.new_tensor(torch.finfo(sums.dtype).min)
@@ -124,7 +138,9 @@ def _first_sums(scores: Tensor, codes: Tensor, sharpness: float, chunk_rows: int
     return sums, peak
 
 
-def _log_domain(scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group: Any) -> Tensor:
+def _log_domain(
+    scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group: Any
+) -> Tensor:
     """The same rounds on logarithms in float64: right for any finite scores, several times slower."""
     # the bounds keep differences finite where scores / epsilon would overflow
     log_kernel = (wide(scores) / epsilon).clamp_(-1e30, 1e30)

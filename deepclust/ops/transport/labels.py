@@ -22,9 +22,11 @@ PAPER_PERIOD = 10  # the paper looks at its error every tenth iteration
 class SelfLabelResult:
     """Labels of this rank's samples and the scaling that gave them.
 
-    labels: (n,) int64. cost: mean of -log_probs at the labels, over all ranks. log_cluster_scale: (K,) and
-    log_sample_scale: (n,), float64: exp(power * log_probs + both) is the plan; its rows sum to 1/N, its columns
-    approach 1/K. violation: sum over clusters of |column sum - 1/K|. num_iters: for backend "pot" the limit.
+    labels: (n,) int64. cost: mean of -log_probs at the labels, over all ranks. log_cluster_scale:
+    (K,) and
+    log_sample_scale: (n,), float64: exp(power * log_probs + both) is the plan; its rows sum to 1/N,
+    its columns approach 1/K. violation: sum over clusters of |column sum - 1/K|. num_iters: for
+    backend "pot" the limit.
     """
 
     labels: Tensor
@@ -48,13 +50,15 @@ def self_label(
 ) -> SelfLabelResult:
     """Balanced hard labels: argmax of diag(r) P^power diag(c) with rows of 1/N and columns of 1/K.
 
-    log_probs: (N, K) finite log-probabilities, or a callable that gives a fresh iterator of (rows, K) chunks in fixed
-    order; then nothing but the two scalings is kept between iterations. Computed in float64. With a process `group`,
-    this rank's samples (a callable gives at least one chunk, which may have no rows).
+    log_probs: (N, K) finite log-probabilities, or a callable that gives a fresh iterator of (rows,
+    K) chunks in fixed order; then nothing but the two scalings is kept between iterations. Computed
+    in float64. With a process `group`, this rank's samples (a callable gives at least one chunk,
+    which may have no rows).
 
-    stop="marginal": when the column sums are off by at most `tol` in total (1e-4 changes about 1 label in 10,000).
-    stop="paper": plain iterations until sum |c / c_new - 1| over all N samples, looked at every tenth iteration, is at
-    most `tol` (0.1 in the paper's ImageNet runs). `tol` defaults to 1e-4 and 0.1.
+    stop="marginal": when the column sums are off by at most `tol` in total (1e-4 changes about 1
+    label in 10,000). stop="paper": plain iterations until sum |c / c_new - 1| over all N samples,
+    looked at every tenth iteration, is at most `tol` (0.1 in the paper's ImageNet runs). `tol`
+    defaults to 1e-4 and 0.1.
 
     backend "pot" asks the POT library: for a tensor, on one process, with stop="marginal".
 
@@ -66,17 +70,25 @@ def self_label(
     pot.check_backend(backend, group)
     chunks = _chunks(log_probs)
     kernel = Kernel(chunks, isinstance(log_probs, Tensor), group, "log_probs")
-    log_target = torch.full((kernel.num_clusters,), -math.log(kernel.num_clusters), dtype=torch.float64)
+    log_target = torch.full(
+        (kernel.num_clusters,), -math.log(kernel.num_clusters), dtype=torch.float64
+    )
     if backend == "pot":
-        solution = _by_pot(log_probs, kernel, power, log_target, 1e-4 if tol is None else tol, max_iters, stop)
+        solution = _by_pot(
+            log_probs, kernel, power, log_target, 1e-4 if tol is None else tol, max_iters, stop
+        )
     elif stop == "paper":
         solution = _paper(kernel, power, log_target, 0.1 if tol is None else tol, max_iters)
     else:
-        solution = balance(kernel, power, log_target, tol=1e-4 if tol is None else tol, max_iters=max_iters)
+        solution = balance(
+            kernel, power, log_target, tol=1e-4 if tol is None else tol, max_iters=max_iters
+        )
     labels, cost = _labels(kernel, chunks, solution.log_scale)
     log_cluster_scale = solution.log_scale.to(kernel.log_rows)
     log_sample_scale = -kernel.log_rows - math.log(kernel.total)
-    return SelfLabelResult(labels, solution.num_iters, cost, log_cluster_scale, log_sample_scale, solution.violation)
+    return SelfLabelResult(
+        labels, solution.num_iters, cost, log_cluster_scale, log_sample_scale, solution.violation
+    )
 
 
 def _chunks(log_probs: Tensor | Callable[[], Iterable[Tensor]]) -> Callable[[], Iterable[Tensor]]:
@@ -88,11 +100,19 @@ def _chunks(log_probs: Tensor | Callable[[], Iterable[Tensor]]) -> Callable[[], 
 
 
 def _by_pot(
-    log_probs: Any, kernel: Kernel, power: float, log_target: Tensor, tol: float, max_iters: int, stop: str
+    log_probs: Any,
+    kernel: Kernel,
+    power: float,
+    log_target: Tensor,
+    tol: float,
+    max_iters: int,
+    stop: str,
 ) -> Balance:
     """POT's scales; the samples' scales and the violation are then those of one round of our own."""
     if not isinstance(log_probs, Tensor) or stop != "marginal":
-        raise ValueError(f"backend 'pot' takes a tensor and stop='marginal', not {type(log_probs).__name__}, {stop!r}")
+        raise ValueError(
+            f"backend 'pot' takes a tensor and stop='marginal', not {type(log_probs).__name__}, {stop!r}"
+        )
     target = log_target.exp().to(kernel.log_rows)
     _, log_scale = pot.hard_columns(wide(log_probs), target, 1.0 / power, tol, max_iters)
     start = log_scale.cpu().double()
@@ -102,7 +122,9 @@ def _by_pot(
 
 
 def _paper(kernel: Kernel, power: float, log_target: Tensor, tol: float, max_iters: int) -> Balance:
-    """The reference's loop: c starts at 1/N; r = (1/K) / (P c), c = (1/N) / (P^T r); error at 0, 10, 20, ..."""
+    """The reference's loop: c starts at 1/N; r = (1/K) / (P c), c = (1/N) / (P^T r); error at 0,
+    10, 20, ...
+    """
     log_scale = log_target + math.log(kernel.total) - _log_column_sums(kernel, power)
     kernel.absorb(log_scale, power)
     log_rows = torch.zeros_like(kernel.log_rows)  # of c = 1/N
@@ -131,7 +153,9 @@ def _log_column_sums(kernel: Kernel, power: float) -> Tensor:
     return (highest + all_sum(sums * (top - highest).exp(), kernel.group).log()).cpu().double()
 
 
-def _labels(kernel: Kernel, chunks: Callable[[], Iterable[Tensor]], log_scale: Tensor) -> tuple[Tensor, float]:
+def _labels(
+    kernel: Kernel, chunks: Callable[[], Iterable[Tensor]], log_scale: Tensor
+) -> tuple[Tensor, float]:
     """Labels (n,) of this rank and the mean cost over all ranks."""
     log_scale = log_scale.to(kernel.log_rows)
     labels, cost = [], torch.zeros((), dtype=kernel.dtype, device=kernel.device)

@@ -1,4 +1,6 @@
-"""The POT library as a backend, for those problems that it solves too: on one process and in memory."""
+"""The POT library as a backend, for those problems that it solves too: on one process and in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ def check_backend(backend: str, group: Any) -> None:
     if backend not in ("own", "pot"):
         raise ValueError(f"backend {backend!r} is unknown; valid are 'own' and 'pot'")
     if backend == "pot" and group is not None:
-        raise ValueError("backend 'pot' knows one process only; use the default backend with a process group")
+        raise ValueError(
+            "backend 'pot' knows one process only; use the default backend with a process group"
+        )
 
 
 def codes(scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor) -> Tensor:
@@ -29,14 +33,23 @@ def codes(scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor) -> T
     return len(scores) * plan
 
 
-def hard_columns(benefit: Tensor, target: Tensor, epsilon: float, tol: float, max_iters: int) -> tuple[Tensor, Tensor]:
+def hard_columns(
+    benefit: Tensor, target: Tensor, epsilon: float, tol: float, max_iters: int
+) -> tuple[Tensor, Tensor]:
     """(plan (N, K), log_scale (K,)): columns sum to target (K,), to `tol` in total, rows to 1/N."""
     import ot
 
     share = benefit.new_full((len(benefit),), 1.0 / len(benefit))
-    # POT looks at the Euclidean norm of what the columns are off by, at least the total over the root of K
+    # POT looks at the Euclidean norm of what the columns are off by, at least the total over the
+    # root of K
     stop = tol / math.sqrt(len(target))
-    options = {"method": "sinkhorn_log", "numItermax": max_iters, "stopThr": stop, "warn": False, "log": True}
+    options = {
+        "method": "sinkhorn_log",
+        "numItermax": max_iters,
+        "stopThr": stop,
+        "warn": False,
+        "log": True,
+    }
     found: Any = ot.sinkhorn(share, target, -benefit, epsilon, **options)
     plan, log = found
     return plan, log["log_v"]
@@ -49,11 +62,16 @@ def soft_columns(
     import ot
 
     num, clusters = benefit.shape
-    rows, columns = benefit.new_full((num,), 1.0 / num), benefit.new_full((clusters,), 1.0 / clusters)
+    rows, columns = (
+        benefit.new_full((num,), 1.0 / num),
+        benefit.new_full((clusters,), 1.0 / clusters),
+    )
     # a prior of ones makes POT's divergence the plain entropy, up to a constant
     options = {"c": torch.ones_like(benefit), "numItermax": max_iters, "stopThr": tol, "log": True}
     weights = (math.inf, kl_weight)
-    found: Any = ot.unbalanced.sinkhorn_unbalanced(rows, columns, -benefit, epsilon, weights, **options)
+    found: Any = ot.unbalanced.sinkhorn_unbalanced(
+        rows, columns, -benefit, epsilon, weights, **options
+    )
     plan, log = found
     return plan, log["logv"]
 
@@ -63,8 +81,8 @@ def partial(
 ) -> tuple[Tensor, Tensor]:
     """(plan (N, K), log_scale (K,)) as `partial_transport`, in float64.
 
-    Raises ValueError for mass < 1 with columns that give way: POT has one weight for all columns, and the virtual
-    cluster's must be infinite.
+    Raises ValueError for mass < 1 with columns that give way: POT has one weight for all columns,
+    and the virtual cluster's must be infinite.
     """
     benefit = torch.log_softmax(wide(logits), 1)
     if kl_weight != math.inf:

@@ -38,18 +38,21 @@ def semantic_partial_transport(
 ) -> TransportResult:
     """`partial_transport` whose objective also holds -similarity_weight * <similarity, Q Q^T>.
 
-    A generalised conditional gradient: the new term is replaced by its tangent at the current Q, which gives costs
-    C - similarity_weight (S + S^T) Q, and Q moves towards the plan for these, the whole way where the term is concave
-    along it, else as far as lowers the objective. So the objective never rises, whatever S is. It ends at a stationary
-    point, of which there may be several: when the whole step would change no entry of N * Q by more than `plan_tol`,
-    or than 10 * `tol` where that is larger, for the solver itself is no closer. Q sums to `mass`, so the term shrinks
-    like 1 / N: scale the weight with N.
+    A generalised conditional gradient: the new term is replaced by its tangent at the current Q,
+    which gives costs C - similarity_weight (S + S^T) Q, and Q moves towards the plan for these, the
+    whole way where the term is concave along it, else as far as lowers the objective. So the
+    objective never rises, whatever S is. It ends at a stationary
+    point, of which there may be several: when the whole step would change no entry of N * Q by more
+    than `plan_tol`, or than 10 * `tol` where that is larger, for the solver itself is no closer. Q
+    sums to `mass`, so the term shrinks like 1 / N: scale the weight with N.
 
-    logits: (N, K) as in `partial_transport`. similarity: (N, N), dense or sparse, any values, need not be symmetric.
-    With a process `group` logits are this rank's rows and similarity this rank's rows (n, N) over all ranks' columns.
-    num_iters of the result counts the rounds of all linearisations; `change` is that of the last whole step.
+    logits: (N, K) as in `partial_transport`. similarity: (N, N), dense or sparse, any values, need
+    not be symmetric. With a process `group` logits are this rank's rows and similarity this rank's
+    rows (n, N) over all ranks' columns. num_iters of the result counts the rounds of all
+    linearisations; `change` is that of the last whole step.
 
-    Source: SP2OT (Zhang et al. 2024), section 4, which takes whole steps until the objective stands still; the length
+    Source: SP2OT (Zhang et al. 2024), section 4, which takes whole steps until the objective stands
+    still; the length
     of the step: Bredies, Lorenz and Maass (2009), "A generalized conditional gradient method".
     """
     check_settings(logits, mass, kl_weight, epsilon)
@@ -69,14 +72,18 @@ def semantic_partial_transport(
     rounds = 0
     for _ in range(max_linearisations):
         tilted = benefit + similarity_weight * pull
-        kernel = Kernel(partial(tilted.split, chunk_rows(tilted.shape[1], tilted.device)), True, group, "logits")
+        kernel = Kernel(
+            partial(tilted.split, chunk_rows(tilted.shape[1], tilted.device)), True, group, "logits"
+        )
         solution = solve(kernel, mass, kl_weight, epsilon, tol, max_iters, warm_start)
         found = result(kernel, solution, mass, benefit)
         rounds += found.num_iters
         warm_start = found.log_cluster_scale
         step = found.plan - plan
         turn = _pull(products, found.plan, sizes, group) - pull
-        change = float(all_max(step.abs().flatten().amax(0) if len(step) else step.new_zeros(()), group))
+        change = float(
+            all_max(step.abs().flatten().amax(0) if len(step) else step.new_zeros(()), group)
+        )
         bend = -0.5 * similarity_weight * (step * turn).sum()
         length = _step_length(plan, found.plan, bend, mass, kl_weight, epsilon, sum(sizes), group)
         plan += length * step
@@ -87,7 +94,9 @@ def semantic_partial_transport(
 
 
 def _by_rows(matrix: Tensor) -> Tensor:
-    """A sparse matrix laid out row after row, in which a product takes a tenth of the time; a dense one as it is."""
+    """A sparse matrix laid out row after row, in which a product takes a tenth of the time; a dense
+    one as it is.
+    """
     if matrix.layout != torch.sparse_coo:
         return matrix
     with warnings.catch_warnings():
@@ -96,7 +105,9 @@ def _by_rows(matrix: Tensor) -> Tensor:
 
 
 def _pull(products: tuple[Tensor, Tensor], plan: Tensor, sizes: list[int], group: Any) -> Tensor:
-    """(S + S^T) Q, this rank's rows (n, K), for Q = plan / N; products: this rank's rows of S (n, N) and their S^T."""
+    """(S + S^T) Q, this rank's rows (n, K), for Q = plan / N; products: this rank's rows of S (n,
+    N) and their S^T.
+    """
     total = sum(sizes)
     start = sum(sizes[: 0 if group is None else dist.get_rank(group)])
     mine = slice(start, start + len(plan))
@@ -107,14 +118,23 @@ def _pull(products: tuple[Tensor, Tensor], plan: Tensor, sizes: list[int], group
 
 
 def _step_length(
-    plan: Tensor, best: Tensor, bend: Tensor, mass: float, kl_weight: float, epsilon: float, total: int, group: Any
+    plan: Tensor,
+    best: Tensor,
+    bend: Tensor,
+    mass: float,
+    kl_weight: float,
+    epsilon: float,
+    total: int,
+    group: Any,
 ) -> float:
-    """In (0, 1]: how far to go from `plan` (n, K) to `best`, the plan for the tangent's costs, both N * Q.
+    """In (0, 1]: how far to go from `plan` (n, K) to `best`, the plan for the tangent's costs, both
+    N * Q.
 
-    With g what the tangent's objective falls by on the whole way and b = N * `bend`, this rank's part, what the term
-    lies above its tangent at the end of it, the objective changes by at most -t g + t^2 b at a share t of the way,
-    for what else is in it is convex. t = g / (g + b) makes that negative; near the end, where the convex part is
-    as good as quadratic, no t is better. `best` is a minimiser inside of what is allowed, so g is the Bregman
+    With g what the tangent's objective falls by on the whole way and b = N * `bend`, this rank's
+    part, what the term lies above its tangent at the end of it, the objective changes by at most -t
+    g + t^2 b at a share t of the way, for what else is in it is convex. t = g / (g + b) makes that
+    negative; near the end, where the convex part is as good as quadratic, no t is better. `best` is
+    a minimiser inside of what is allowed, so g is the Bregman
     divergence of the convex part, a sum of terms that are not negative: no digits cancel.
     """
     rest = 1 - plan.sum(1)

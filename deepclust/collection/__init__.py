@@ -1,0 +1,1 @@
+"""Clusters of a folder of images, kept: found, edited, added to, shown."""

@@ -1,0 +1,3 @@
+"""From words to a checked configuration, without importing torch: compose, check against
+signatures, build.
+"""

@@ -1,1 +1,0 @@
-"""`deepclust cluster`: a folder of images in; clusters, a table, a map and a report out."""

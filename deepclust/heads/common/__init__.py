@@ -1,0 +1,1 @@
+"""Layers, queues and base classes that several heads share."""

@@ -1,0 +1,1 @@
+"""Clusters of new images with the model of a run."""
