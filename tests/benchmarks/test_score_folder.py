@@ -11,7 +11,7 @@ from benchmarks.quality import score_folder
 from deepclust.collection.derived import Derived
 from deepclust.collection.history import relabelled
 from deepclust.collection.landmarks import FILE, Landmarks
-from tests.folder.toys import toy_run
+from tests.collection.toys import toy_run
 
 
 def test_clusters_that_are_the_classes_score_full_and_merged_ones_less(

@@ -20,7 +20,7 @@ from deepclust.collection.outputs import up_to_date, write_all, write_tables
 from deepclust.collection.run import FolderRun
 from deepclust.model import Clusterer
 from deepclust.runtime.files import release_lock, take_lock
-from tests.folder.toys import toy_landmarks, toy_run
+from tests.collection.toys import toy_landmarks, toy_run
 
 
 @pytest.fixture(scope="module")

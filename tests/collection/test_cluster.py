@@ -22,7 +22,7 @@ from deepclust.collection.derived import Derived
 from deepclust.collection.history import State
 from deepclust.collection.run import FolderRun
 from deepclust.data.store import FeatureStore
-from tests.folder.toys import NETS, toy_photos
+from tests.collection.toys import NETS, toy_photos
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from deepclust.errors import UserError
 from deepclust.runtime.estimates import Estimates
 from deepclust.runtime.files import NotWritten
 from deepclust.runtime.signals import StopRequested
-from tests.folder.toys import NETS, toy_photos
+from tests.collection.toys import NETS, toy_photos
 from tests.runs import small_data, small_run
 
 LABELS = [0, 1, 2, 3] * 15

@@ -21,7 +21,7 @@ from deepclust.errors import ConfigError, UserError
 from deepclust.heads.base import Head
 from tests.strangers import Stranger, write
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

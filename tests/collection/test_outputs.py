@@ -15,7 +15,7 @@ from deepclust.collection.derived import Derived
 from deepclust.collection.outputs import up_to_date, write_all
 from deepclust.collection.run import FolderRun
 from deepclust.collection.tables import EXCLUDED, as_csv, clusters_table, duplicate_of
-from tests.folder.toys import toy_landmarks, toy_run
+from tests.collection.toys import toy_landmarks, toy_run
 
 COLUMNS = ["path", "cluster", "confidence", "x", "y", "neighbours", "duplicate_of", "name", "index"]
 

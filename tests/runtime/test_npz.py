@@ -15,7 +15,7 @@ from deepclust.collection.run import FolderRun
 from deepclust.data.features import load_columns
 from deepclust.errors import UserError
 from deepclust.runtime.npz import Column, Unreadable, read_arrays, read_columns
-from tests.folder.toys import NETS, toy_photos
+from tests.collection.toys import NETS, toy_photos
 
 FLIPS = 20
 

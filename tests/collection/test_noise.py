@@ -20,7 +20,7 @@ from deepclust.collection.derived import Derived
 from deepclust.collection.landmarks import Landmarks
 from deepclust.collection.run import FolderRun
 from deepclust.errors import UserError
-from tests.folder.toys import NETS, toy_photos
+from tests.collection.toys import NETS, toy_photos
 
 COMMAND = [
     "cluster",

@@ -19,7 +19,7 @@ from deepclust.cli import main
 from deepclust.errors import UserError
 from deepclust.runtime import devices, distributed
 from deepclust.runtime.devices import choose_device, refuse_shared_gpu
-from tests.test_run_ranks import free_port
+from tests.training.test_run_ranks import free_port
 
 
 def pretend_gpus(patch: pytest.MonkeyPatch, count: int, name: str = "a") -> None:

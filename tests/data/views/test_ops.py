@@ -23,7 +23,7 @@ from deepclust.data.views import geometry as view_geometry
 from deepclust.data.views import pixels as view_pixels
 from deepclust.data.views.base import warp
 from deepclust.data.views.transform import ViewTransform
-from tests.data.test_views import keys, raw_view, smooth_images
+from tests.data.views.test_views import keys, raw_view, smooth_images
 
 BILINEAR = T.InterpolationMode.BILINEAR
 

@@ -17,8 +17,8 @@ from deepclust.collection.history import State, relabelled
 from deepclust.collection.report import write_page
 from deepclust.collection.representatives import choose, closeness, duplicate_groups
 from deepclust.collection.run import FolderRun
-from tests.folder.toys import toy_run
-from tests.test_report import Page
+from tests.collection.toys import toy_run
+from tests.report.test_page import Page
 
 NUMBER = {
     "k": 3,

@@ -22,7 +22,7 @@ from deepclust.data.random import sample_keys
 from deepclust.data.views.transform import ViewTransform, build_views
 from deepclust.errors import UserError
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "augment"
+CONF = Path(__file__).resolve().parents[3] / "conf" / "augment"
 SETS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "features")
 IMAGE_OPS = sorted(name for name, target in op_targets().items() if "view_features" not in target)
 BILINEAR = T.InterpolationMode.BILINEAR

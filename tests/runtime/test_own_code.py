@@ -25,7 +25,7 @@ from deepclust.errors import UserError
 from deepclust.features.encoder import find_encoder
 from deepclust.runtime import own_code
 from deepclust.runtime.own_code import KNOWN, read_code
-from tests.folder.toys import NETS, toy_landmarks, toy_run
+from tests.collection.toys import NETS, toy_landmarks, toy_run
 
 TRACED = f"""
 import pathlib
@@ -92,7 +92,7 @@ class Theirs:
 def theirs(
     tmp_path: Path, settings_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> Theirs:
-    monkeypatch.setattr("tests.folder.toys.NETS", TRACED.replace("{", "{{").replace("}", "}}"))
+    monkeypatch.setattr("tests.collection.toys.NETS", TRACED.replace("{", "{{").replace("}", "}}"))
     run = toy_run(tmp_path)
     toy_landmarks(run)
     save_model(run, run.state())

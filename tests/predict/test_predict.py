@@ -28,11 +28,11 @@ from deepclust.data.folders import printable
 from deepclust.data.store import FeatureStore
 from deepclust.predict import command as module
 from deepclust.predict.command import STOPPED
-from tests.folder.toys import toy_photos, toy_run
+from tests.collection.toys import toy_photos, toy_run
+from tests.features.test_extract import NETS
 from tests.runs import pixels, small_run
-from tests.test_extract import NETS
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from deepclust.cli import main
 from deepclust.collection.history import State
 from deepclust.collection.run import FolderRun
 from deepclust.runtime.files import write_atomic
-from tests.folder.toys import NETS, toy_photos
+from tests.collection.toys import NETS, toy_photos
 
 FILES = ("clusters.csv", "clusters.parquet", "left_out.csv", "model.safetensors", "landmarks.npz")
 

@@ -16,7 +16,7 @@ import torch
 
 from deepclust.loggers.base import Loggers
 from deepclust.loggers.build import build_loggers
-from tests.test_loggers import lines, metrics
+from tests.loggers.test_loggers import lines, metrics
 
 
 class FakeWandb(types.ModuleType):

@@ -16,7 +16,7 @@ from deepclust.collection.derived import Derived, leading_directions, place
 from deepclust.collection.history import relabelled
 from deepclust.collection.landmarks import FILE, Landmarks, clusterer_of, save_model, trust_in
 from deepclust.heads.readout import Votes, vote
-from tests.folder.toys import toy_run
+from tests.collection.toys import toy_run
 
 
 def head(x: np.ndarray, labels: np.ndarray, k: int, num_neighbors: int = 15) -> Votes:

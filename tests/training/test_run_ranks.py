@@ -30,7 +30,7 @@ from tests.ranks import run_ranks
 from tests.runs import outcome, pixels, small_data, small_run, status, stop_at, words
 from tests.toys import toy_backbone, toy_images
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VIEWS = {
     "clean": [],
     "strong": [{"random_affine": {"degrees": 15}}],

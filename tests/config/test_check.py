@@ -30,7 +30,7 @@ from deepclust.errors import ConfigError
 from deepclust.heads.common.prototypes import PrototypeHead
 from deepclust.heads.swav import SwAV
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

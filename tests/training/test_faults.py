@@ -26,7 +26,7 @@ from deepclust.training.run_folder import RunFolder
 from tests.runs import SMALL, outcome, pixels, small_data, small_run, status, stop_at, words
 
 FORK = multiprocessing.get_context("fork")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
