@@ -303,8 +303,8 @@ def _from_hub(name: str, create: Callable[..., nn.Module]) -> tuple[nn.Module, s
     except Exception as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the weights of backbone.name={name} could not be loaded ({line}); give a local file as "
-            "backbone.weights=PATH"
+            f"the weights of backbone.name={name} could not be loaded ({line}); give a local file"
+            " as backbone.weights=PATH"
         ) from error
     note = (
         f"timm's weights of {name} lack {', '.join(lacking)}, which stay as they were drawn"

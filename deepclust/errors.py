@@ -50,7 +50,10 @@ def unknown_key(path: str, key: str, value: Any, valid: Iterable[str]) -> str:
     while isinstance(value, Mapping) and value:
         name, value = next(iter(value.items()))
         below += f".{name}"
-    return f"{prefix}{key}{below}={show(value)}: there is no key {key}{f' in {path}' if path else ''}; {advice}"
+    return (
+        f"{prefix}{key}{below}={show(value)}: there is no key {key}{f' in {path}' if path else ''};"
+        f" {advice}"
+    )
 
 
 def show(value: Any) -> str:

@@ -106,7 +106,8 @@ class DeepClusterer(ClusterMixin, BaseEstimator):
 
 
 def as_data(X: Any) -> Any:
-    """`ImageData` of what `DeepClusterer.fit` takes, or itself. Raises UserError for anything else."""
+    """`ImageData` of what `DeepClusterer.fit` takes, or itself. Raises UserError for anything
+    else."""
     from deepclust.data import datasets
     from deepclust.data.given import gathered
 

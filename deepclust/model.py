@@ -1,4 +1,5 @@
-"""A backbone with a head: as it is trained (`Network`), and as it is used afterwards (`Clusterer`)."""
+"""A backbone with a head: as it is trained (`Network`), and as it is used afterwards
+(`Clusterer`)."""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ def load_from_file(file: str, name: str, create: Callable[..., nn.Module]) -> Lo
             net, f"{source}: {count} tensors found {_place(prefix)}, names converted{left}"
         )
     raise UserError(
-        f"{source} could not be loaded: this is not {name}, or not all of it. "
-        f"{_nearest(tensors, found, wanted, faults)}. Give the backbone.name that these weights were trained with, or "
-        "a file that holds its tensors alone"
+        f"{source} could not be loaded: this is not {name}, or not all of it."
+        f" {_nearest(tensors, found, wanted, faults)}. Give the backbone.name that these weights"
+        " were trained with, or a file that holds its tensors alone"
     )
 
 
@@ -141,8 +141,8 @@ def read_weights(file: str) -> Mapping[str, Any]:
         if "weights_only" in str(error) and "GLOBAL" in str(error):
             what = re.search(r"GLOBAL (\S+)", str(error))
             lines[0] = (
-                f"it holds Python objects{f', {what[1]}' if what else ''}, which are never loaded; where its "
-                "origin is trusted, save its tensors alone with torch.save"
+                f"it holds Python objects{f', {what[1]}' if what else ''}, which are never loaded;"
+                " where its origin is trusted, save its tensors alone with torch.save"
             )
         raise UserError(
             f"{source} could not be loaded ({lines[0]}); give a local file of tensors"
@@ -340,7 +340,10 @@ def _nearest(
     if fault is not None and (number == len(wanted) or fault.distance < len(wanted) - number):
         return str(fault)
     if not number:
-        return f"None of its {len(wanted)} tensors ({_some(wanted)}) is there; the file holds {_some(list(tensors))}"
+        return (
+            f"None of its {len(wanted)} tensors ({_some(wanted)}) is there; the file holds"
+            f" {_some(list(tensors))}"
+        )
     part = _below(tensors, prefix)
     missing = [key for key in wanted if key not in part]
     left = [

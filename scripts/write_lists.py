@@ -85,7 +85,8 @@ def imagenet_r(root: Path, num_test: int = 20, seed: int = 0) -> dict[str, list[
         names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGES)
         if len(names) <= num_test:
             raise SystemExit(
-                f"{folder}: {len(names)} images; a class needs more than the {num_test} that are held out"
+                f"{folder}: {len(names)} images; a class needs more than the {num_test} that are"
+                " held out"
             )
         test = set(draw.sample(names, num_test))
         for name in names:

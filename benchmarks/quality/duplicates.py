@@ -262,7 +262,8 @@ def grouped(photos: Rows, copies: Rows, truth: np.ndarray) -> None:
     kinds = ["original"] * len(photos.paths) + [path.split("/")[0] for path in copies.paths]
     together = representative == representative[pictured]
     print(
-        f"\n{len(pictured):,} photos and copies, no content hashes: share that is in its original's group, in %"
+        f"\n{len(pictured):,} photos and copies, no content hashes: share that is in its original's"
+        " group, in %"
     )
     shares = [f"{kind} {100 * together[np.array(kinds) == kind].mean():.1f}" for kind in KINDS]
     print(f"  {', '.join(shares)}")

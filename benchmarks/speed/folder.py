@@ -164,7 +164,10 @@ def benchmark(options: argparse.Namespace, out: Path) -> list[tuple[str, str, st
         (
             "again, another k",
             f"{statistics.median(again):.1f} s",
-            f"median of {', '.join(f'{seconds:.1f}' for seconds in again)}; goal {GOALS['again']:.0f} s",
+            (
+                f"median of {', '.join(f'{seconds:.1f}' for seconds in again)}; goal"
+                f" {GOALS['again']:.0f} s"
+            ),
         ),
         (
             "peak memory",

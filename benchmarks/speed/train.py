@@ -310,7 +310,8 @@ def main() -> None:
     torch.set_num_threads(1)
     lightly = "lightly compared" if find_spec("lightly") else "lightly is not installed"
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread; {lightly}; CPU time"
+        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread;"
+        f" {lightly}; CPU time"
     )
     speeds: dict[str, float] = {}
     for name in options.only.split(","):

@@ -106,7 +106,8 @@ def bench_self_label(repeats: int, _: str) -> None:
     one_round = Timing((whole.seconds - before.seconds) / 100, whole.spread, None)
     print_timings("self_label 50,000 x 100, power 20, one round", {"ours": one_round, **timings})
     print(
-        f"  to a violation of {end.result.violation:.1e}: {end.result.num_iters} rounds, {1e3 * end.seconds:.0f} ms"
+        f"  to a violation of {end.result.violation:.1e}: {end.result.num_iters} rounds,"
+        f" {1e3 * end.seconds:.0f} ms"
     )
 
 

@@ -153,8 +153,10 @@ def predict(words: list[str]) -> int:
 
     parser = Parser(
         "deepclust predict",
-        description="Clusters of any number of new images with the model of a run, as a CSV or "
-        "Parquet file. After a stop the same command goes on.",
+        description=(
+            "Clusters of any number of new images with the model of a run, as a CSV or "
+            "Parquet file. After a stop the same command goes on."
+        ),
     )
     add_predict_options(parser)
     options = parser.parse_args(words)
@@ -173,9 +175,10 @@ def features(words: list[str]) -> int:
 
     parser = Parser(
         "deepclust features",
-        description="Features of a folder of images in a store, made once. Asking again adds what "
-        "is new, computes what changed and marks what is gone; after a stop the same command goes "
-        "on.",
+        description=(
+            "Features of a folder of images in a store, made once. Asking again adds what is new,"
+            " computes what changed and marks what is gone; after a stop the same command goes on."
+        ),
     )
     add_feature_options(parser)
     options = parser.parse_args(words)
@@ -190,9 +193,11 @@ def cluster(words: list[str]) -> int:
 
     parser = Parser(
         "deepclust cluster",
-        description="Clusters of a folder of images: clusters.csv, clusters.parquet and a report "
-        "with a map. Features are made once and kept, so that another -k takes seconds. After a "
-        "stop the same command goes on.",
+        description=(
+            "Clusters of a folder of images: clusters.csv, clusters.parquet and a report with a"
+            " map. Features are made once and kept, so that another -k takes seconds. After a stop"
+            " the same command goes on."
+        ),
     )
     add_cluster_options(parser)
     options = cluster_options(parser.parse_args(words))
@@ -215,7 +220,8 @@ def edit(words: list[str]) -> int:
     options = parser.parse_intermixed_args(words)
     if options.parts is not None and options.verb != "split":
         raise UserError(
-            f"-n {options.parts}: only split has it, as in: deepclust edit {options.run} split 3 -n 3"
+            f"-n {options.parts}: only split has it, as in: deepclust edit {options.run} split 3"
+            " -n 3"
         )
     from deepclust.collection.edit import edit as edit_run
 

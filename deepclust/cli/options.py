@@ -41,9 +41,11 @@ def add_feature_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a timm model (default: vit_small_patch16_224.dino), a run folder or its "
-        "model.safetensors, or FILE.py:FUNCTION, which gives a torch module; may be given several "
-        "times",
+        help=(
+            "a timm model (default: vit_small_patch16_224.dino), a run folder or its"
+            " model.safetensors, or FILE.py:FUNCTION, which gives a torch module; may be given"
+            " several times"
+        ),
     )
     add(
         "--weights",
@@ -105,8 +107,10 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
         "data",
         type=Path,
         metavar="path",
-        help="a folder of images, an image, a .txt file with a path on each line; for a model of "
-        "features also a feature store or a .npy, .npz or .safetensors file",
+        help=(
+            "a folder of images, an image, a .txt file with a path on each line; for a model of "
+            "features also a feature store or a .npy, .npz or .safetensors file"
+        ),
     )
     add(
         "-o",
@@ -158,7 +162,10 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--sort",
         choices=("copy", "symlink"),
-        help="also sorted/, one folder per cluster, of copies or links; without it sorted/ is cleared",
+        help=(
+            "also sorted/, one folder per cluster, of copies or links; without it sorted/ is"
+            " cleared"
+        ),
     )
     add(
         "--append",

@@ -123,13 +123,15 @@ def neighbors_of(x: np.ndarray, k: int = NEIGHBORS) -> np.ndarray:
 
 
 def neighbor_confidence(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(N,) float32: the share of a row and its 15 nearest neighbours that are in the row's cluster."""
+    """(N,) float32: the share of a row and its 15 nearest neighbours that are in the row's
+    cluster."""
     same = labels[neighbors_of(x)] == labels[:, None]
     return ((1 + same.sum(1)) / (1 + same.shape[1])).astype(np.float32)
 
 
 def _graph(x: np.ndarray) -> Any:
-    """Sparse (N, N): mean of the 15-nearest-neighbour graph, itself the first, and its transpose."""
+    """Sparse (N, N): mean of the 15-nearest-neighbour graph, itself the first, and its
+    transpose."""
     from scipy.sparse import csr_matrix
 
     near = neighbors_of(x, NEIGHBORS - 1)
@@ -147,16 +149,18 @@ def principal(x: np.ndarray) -> np.ndarray:
     return parts / max(parts.std(), 1e-12)
 
 
-# --- methods: rows (N, D), K and a seed to labels (N,) and a confidence (N,), or None for that of the neighbours
+# --- methods: rows (N, D), K and a seed to labels (N,) and a confidence (N,), or None for that of
+# the neighbours
 
 Found = tuple[np.ndarray, np.ndarray | None]
 
 
 def _kmeans(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     """Best of ten Lloyd runs from k-means++."""
-    return fit_kmeans(
-        x, num_clusters, num_restarts=10, num_iters=300, seed=seed
-    ).labels.numpy(), None
+    return (
+        fit_kmeans(x, num_clusters, num_restarts=10, num_iters=300, seed=seed).labels.numpy(),
+        None,
+    )
 
 
 def _spherical_kmeans(x: np.ndarray, num_clusters: int, seed: int) -> Found:
@@ -262,9 +266,10 @@ def _ward(x: np.ndarray, num_clusters: int, seed: int) -> Found:
     from sklearn.cluster import AgglomerativeClustering
 
     graph = _graph(x) if len(x) > MAX_DENSE else None
-    return AgglomerativeClustering(num_clusters, linkage="ward", connectivity=graph).fit_predict(
-        x
-    ), None
+    return (
+        AgglomerativeClustering(num_clusters, linkage="ward", connectivity=graph).fit_predict(x),
+        None,
+    )
 
 
 def _tsne_gmm(x: np.ndarray, num_clusters: int, seed: int) -> Found:
@@ -290,7 +295,8 @@ def _umap_hdbscan(x: np.ndarray, num_clusters: int | None, seed: int) -> Found:
         from umap import UMAP  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            "umap_hdbscan needs the package umap-learn: pip install 'deepclust[umap]', or choose another clusterer"
+            "umap_hdbscan needs the package umap-learn: pip install 'deepclust[umap]', or choose"
+            " another clusterer"
         ) from error
     near = min(30, len(x) - 1)
     embed = UMAP(n_neighbors=near, min_dist=0.0, n_components=2, metric="cosine", random_state=seed)

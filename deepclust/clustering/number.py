@@ -328,7 +328,10 @@ def _decide(curves: _Curves) -> ClusterCount:
     low, high = min(lows), max(highs)
     text = statement(k, low, high, votes, apart=apart)
     if missing:
-        text += f" Without a vote, since they failed: {'; '.join(f'{name} ({why})' for name, why in missing.items())}."
+        text += (
+            " Without a vote, since they failed:"
+            f" {'; '.join(f'{name} ({why})' for name, why in missing.items())}."
+        )
     return ClusterCount(
         k, low, high, how_sure(k, votes, apart=apart), text, curves.all(), votes, missing
     )
@@ -380,7 +383,10 @@ def statement(k: int, low: int, high: int, votes: Mapping[str, int], *, apart: b
         return f"Probably {k} clusters, between {low} and {high}: {count}. {advice}"
     if not apart:
         count = f"no two groups of images stand apart; {count}"
-    return f"How many clusters there are is unclear, {k} is a guess between {low} and {high}: {count}. {advice}"
+    return (
+        f"How many clusters there are is unclear, {k} is a guess between {low} and {high}: {count}."
+        f" {advice}"
+    )
 
 
 def _too_few(num: int, distinct: int, k: int) -> ClusterCount:
@@ -388,5 +394,8 @@ def _too_few(num: int, distinct: int, k: int) -> ClusterCount:
     what = (
         f"{num} images" if distinct == num else f"{num} images with {distinct} different features"
     )
-    text = f"{what} are too few to tell how many clusters there are; {k} is taken. Give a number with -k."
+    text = (
+        f"{what} are too few to tell how many clusters there are; {k} is taken. Give a number"
+        " with -k."
+    )
     return ClusterCount(k, k, k, "unclear", text, {}, {})

@@ -149,7 +149,8 @@ def _existing(out: Path, wanted: Wanted, root: Path, console: ConsoleLogger) -> 
     if not (out / FACTS).exists() and not history.files():
         if wanted.append:
             raise UserError(
-                f"--append: there are no clusters in {out} yet; leave it out, or give their folder with --out"
+                f"--append: there are no clusters in {out} yet; leave it out, or give their folder"
+                " with --out"
             )
         if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
             raise UserError(f"--out {out} holds other files; choose another folder")
@@ -174,8 +175,8 @@ def _existing(out: Path, wanted: Wanted, root: Path, console: ConsoleLogger) -> 
 
 def _other_store(run: FolderRun, store: Path) -> UserError:
     return UserError(
-        f"--out {run.path} holds clusters of {printable(run.facts['root'])} by the store {run.facts['store']}, and not "
-        f"by {store}; choose another --out or --store, or --new"
+        f"--out {run.path} holds clusters of {printable(run.facts['root'])} by the store"
+        f" {run.facts['store']}, and not by {store}; choose another --out or --store, or --new"
     )
 
 
@@ -195,7 +196,8 @@ def _plan(wanted: Wanted, root: Path, count: int, out: Path, before: FolderRun |
             f"{number}, by {', '.join(wanted.clusterers)}; the best is chosen without labels",
         ]
     steps.append(
-        f"clusters.csv, clusters.parquet, report.html{f', sorted/ ({wanted.sort})' if wanted.sort else ''} in {out}"
+        "clusters.csv, clusters.parquet,"
+        f" report.html{f', sorted/ ({wanted.sort})' if wanted.sort else ''} in {out}"
     )
     there = (
         "kept and brought up to date" if (store / "store.sqlite").exists() else "made once and kept"
@@ -232,8 +234,9 @@ def _cluster(
         raise _other_store(before, store.path.resolve())
     if before is not None and not same and not wanted.append and edited:
         raise UserError(
-            f"{out} was edited ({', '.join(before.history.verbs[1:])}) and the images changed since: --append keeps "
-            "the clusters and gives the new images a place; --new starts over"
+            f"{out} was edited ({', '.join(before.history.verbs[1:])}) and the images changed"
+            " since: --append keeps the clusters and gives the new images a place; --new starts"
+            " over"
         )
     sort = wanted.sort or (
         before.facts["asked"].get("sort") if before is not None and wanted.append else None
@@ -366,6 +369,9 @@ def _conclude(
         console.message(f"and {len(order) - SHOWN} more")
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in watch.seconds.items())
     console.message(f"{clock_time(sum(watch.seconds.values()))} (h:mm:ss) in all; seconds: {parts}")
-    files = f"{run.path}/report.html  clusters.csv  clusters.parquet{'  left_out.csv' if run.store.reasons else ''}"
+    files = (
+        f"{run.path}/report.html  clusters.csv "
+        f" clusters.parquet{'  left_out.csv' if run.store.reasons else ''}"
+    )
     console.message(f"{files}\nnext: deepclust edit {shlex.quote(str(run.path))}")
     return FINISHED

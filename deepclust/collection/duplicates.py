@@ -87,7 +87,8 @@ def near_duplicates(
     ):
         if len(given) != count:
             raise ValueError(
-                f"{name} is of {len(given)} images and features of {count}: give the same rows of both"
+                f"{name} is of {len(given)} images and features of {count}: give the same rows of"
+                " both"
             )
     if len(sizes) != count:
         raise ValueError(

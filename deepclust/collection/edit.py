@@ -57,7 +57,8 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
         if verb == "undo":
             if words:
                 raise UserError(
-                    f"undo takes nothing with it, and not {' '.join(words)}; it takes back the last edit"
+                    f"undo takes nothing with it, and not {' '.join(words)}; it takes back the last"
+                    " edit"
                 )
             text = f"took back: {run.pop()}"
             state = run.state()
@@ -75,7 +76,8 @@ def edit(path: Path, verb: str | None, words: Sequence[str], num_parts: int = 2)
 
 
 def _check_landmarks(run: FolderRun) -> None:
-    """Raises UserError where the landmarks cannot be read: no file could be written behind an edit."""
+    """Raises UserError where the landmarks cannot be read: no file could be written behind an
+    edit."""
     from deepclust.collection.landmarks import Landmarks
 
     Landmarks.load(run)
@@ -153,7 +155,10 @@ def split(
     ids[order] = [cluster, *range(state.next_id, state.next_id + num_parts - 1)]
     labels = state.cluster.copy()
     labels[members] = ids[parts]
-    text = f"split {_called(state, [cluster])} into {', '.join(f'{ids[part]} of {sizes[part]:,}' for part in order)}"
+    text = (
+        f"split {_called(state, [cluster])} into"
+        f" {', '.join(f'{ids[part]} of {sizes[part]:,}' for part in order)}"
+    )
     return _sure(run, relabelled(state, labels), ids.tolist()), text
 
 
@@ -191,14 +196,16 @@ def rename(run: FolderRun, state: State, words: Sequence[str]) -> tuple[State, s
         raise UserError(f"noise is no cluster, and has no other name; clusters are {_known(state)}")
     if _number(name) is not None or name.casefold() == "noise":
         raise UserError(
-            f"name {name!r}: a name must be no number and not noise, which stand for clusters; add a word"
+            f"name {name!r}: a name must be no number and not noise, which stand for clusters; add"
+            " a word"
         )
     owner = next(
         (key for key, other in state.names.items() if other.casefold() == name.casefold()), cluster
     )
     if owner != cluster:
         raise UserError(
-            f"name {name!r}: cluster {owner} has it. Choose another name, or merge {owner} {cluster}"
+            f"name {name!r}: cluster {owner} has it. Choose another name, or merge {owner}"
+            f" {cluster}"
         )
     names = {**state.names, cluster: name}
     if not name:
@@ -258,7 +265,8 @@ def find(state: State, word: str) -> int:
 
 
 def _sure(run: FolderRun, state: State, clusters: Sequence[int]) -> State:
-    """Confidences of these clusters' images by the vote of the landmarks as they are assigned now."""
+    """Confidences of these clusters' images by the vote of the landmarks as they are assigned
+    now."""
     from deepclust.collection.landmarks import clusterer_of
 
     places = state.kept[np.isin(state.cluster[state.kept], clusters)]

@@ -101,8 +101,8 @@ def _number(
         return max(2, estimate.k), asdict(estimate)
     guess = min(max(2, round(math.sqrt(len(x) / 2))), MOST_GUESSED, len(x) - 1)
     console.message(
-        f"how many clusters there are could not be estimated; {guess} are taken, the square root of half the images, "
-        "which knows nothing of them. Give a number with -k",
+        f"how many clusters there are could not be estimated; {guess} are taken, the square root of"
+        " half the images, which knows nothing of them. Give a number with -k",
         "warning",
     )
     return guess, None
@@ -131,8 +131,8 @@ def _clusterings(
     if not clusterings:
         reasons = "\n".join(f"  {name}: {each['failed']}" for name, each in choice.items())
         raise UserError(
-            f"-k {num_clusters}: none of the clusterers finds clusters; try others with --clusterers, or another -k\n"
-            f"{reasons}"
+            f"-k {num_clusters}: none of the clusterers finds clusters; try others with"
+            f" --clusterers, or another -k\n{reasons}"
         )
     return clusterings, choice
 

@@ -199,7 +199,8 @@ class History:
             before = State.load(files[-2])
         except UserError as error:
             raise UserError(
-                f"{error}: it cannot be gone back to. deepclust cluster IMAGES --new makes the clusters anew"
+                f"{error}: it cannot be gone back to. deepclust cluster IMAGES --new makes the"
+                " clusters anew"
             ) from error
         try:
             next_id = State.load(files[-1]).next_id

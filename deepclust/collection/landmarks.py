@@ -206,7 +206,8 @@ def clusterer_of(run: FolderRun, state: State) -> Clusterer:
         trust = np.concatenate([trust, state.confidence[chosen]])
     if not len(x):
         raise UserError(
-            f"{run.path}: no image is in a cluster any more; deepclust edit {run.path} undo takes it back"
+            f"{run.path}: no image is in a cluster any more; deepclust edit {run.path} undo takes"
+            " it back"
         )
     head = {
         "_target_": "deepclust.heads.readout.Votes",

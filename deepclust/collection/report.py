@@ -272,7 +272,8 @@ def _duplicates(run: FolderRun, state: State, thumbnails: Thumbnails) -> str:
     parts.append(f'<ol class="groups">{"".join(cards)}</ol>')
     if len(groups) > GROUPS:
         parts.append(
-            f"<p>The {GROUPS} largest are shown; the column duplicate_of of clusters.csv has all.</p>"
+            f"<p>The {GROUPS} largest are shown; the column duplicate_of of clusters.csv has"
+            " all.</p>"
         )
     return "".join(parts)
 

@@ -192,5 +192,6 @@ def _refuse(folder: Path, error: Exception) -> NoReturn:
             f"{folder} is no folder that deepclust cluster left: deepclust cluster IMAGES makes one"
         ) from None
     raise UserError(
-        f"{folder / FACTS} cannot be read ({error}); deepclust cluster IMAGES --new makes the clusters anew"
+        f"{folder / FACTS} cannot be read ({error}); deepclust cluster IMAGES --new makes the"
+        " clusters anew"
     ) from error

@@ -54,7 +54,8 @@ class Placed(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """What was done: images that lie in `sorted/` now, and originals that are not there any more."""
+    """What was done: images that lie in `sorted/` now, and originals that are not there any
+    more."""
 
     placed: int
     missing: list[str]
@@ -293,7 +294,10 @@ def _in_words(folder: Path, how: str | None) -> Iterator[None]:
             and error.filename2 is None
             and not str(error.filename).startswith(str(folder))
         ):
-            text = f"{printable(str(error.filename))} cannot be read ({error.strerror}). Mend or remove it"
+            text = (
+                f"{printable(str(error.filename))} cannot be read ({error.strerror}). Mend or"
+                " remove it"
+            )
         elif how == "symlink" and error.errno in (
             errno.EPERM,
             errno.EOPNOTSUPP,
@@ -302,13 +306,18 @@ def _in_words(folder: Path, how: str | None) -> Iterator[None]:
         ):
             text = "links cannot be made on this file system. --sort copy makes copies"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"{error.strerror or 'the disk is full'}. Free some space, or --sort symlink makes links"
+            text = (
+                f"{error.strerror or 'the disk is full'}. Free some space, or --sort symlink makes"
+                " links"
+            )
         else:
             text = explain(
                 error,
-                "--sort symlink or another folder for the run"
-                if how == "copy"
-                else "another folder",
+                (
+                    "--sort symlink or another folder for the run"
+                    if how == "copy"
+                    else "another folder"
+                ),
             )
         raise UserError(
             f"{folder}: {text}. The clusters are in the run's other files all the same"

@@ -44,7 +44,8 @@ def check_ops(
     """
     if not isinstance(description, Sequence) or isinstance(description, str):
         problems.append(
-            f"{where}={description}: must be a list of operations, such as [{{horizontal_flip: {{p: 0.5}}}}]"
+            f"{where}={description}: must be a list of operations, such as [{{horizontal_flip: {{p:"
+            " 0.5}}]"
         )
         return []
     targets, found = op_targets(), []
@@ -52,7 +53,8 @@ def check_ops(
         spot = f"{where}[{place}]"
         if not isinstance(entry, Mapping) or len(entry) != 1:
             problems.append(
-                f"{spot}={entry}: must be one operation with its parameters, such as {{resize: {{}}}}"
+                f"{spot}={entry}: must be one operation with its parameters, such as {{resize:"
+                " {}}"
             )
             continue
         name, values = next(iter(entry.items()))
@@ -114,8 +116,8 @@ def _check_sized(description: Mapping[str, Any], where: str, problems: list[str]
         and (not isinstance(size, int) or isinstance(size, bool) or size < 1)
     ):
         problems.append(
-            f"{where}.size={size}: must be pixels (an integer >= 1), a share of augment.size above 0 and up to 1.0, "
-            "or null for augment.size"
+            f"{where}.size={size}: must be pixels (an integer >= 1), a share of augment.size above"
+            " 0 and up to 1.0, or null for augment.size"
         )
     check_ops(description.get("ops"), f"{where}.ops", problems)
 

@@ -216,7 +216,8 @@ def _check_views(augment: Any, path: str, problems: list[str]) -> None:
         )
     else:
         problems.append(
-            f"{path}={show(augment)}: must be a mapping with size and views; choose augment=NAME ({_names('augment')})"
+            f"{path}={show(augment)}: must be a mapping with size and views; choose augment=NAME"
+            f" ({_names('augment')})"
         )
 
 
@@ -237,7 +238,8 @@ def _check_places(
         and not os.path.exists(os.path.expanduser(resume))
     ):
         problems.append(
-            f"resume={show(resume)}: must be auto, never or the path of a checkpoint; there is no such file or folder"
+            f"resume={show(resume)}: must be auto, never or the path of a checkpoint; there is no"
+            " such file or folder"
         )
 
 
@@ -267,8 +269,9 @@ def _check_given_is_used(composed: Composed, problems: list[str]) -> None:
         ):
             where = path if "num_images" in theirs else "trainer"
             problems.append(
-                f"{given[-1]}={show(merged['epochs'])}: would do nothing, since num_images={show(budget)} decides; "
-                f"give {where}.num_images, or add {where}.num_images=null"
+                f"{given[-1]}={show(merged['epochs'])}: would do nothing, since"
+                f" num_images={show(budget)} decides; give {where}.num_images, or add"
+                f" {where}.num_images=null"
             )
 
 
@@ -280,8 +283,8 @@ def _check_frozen(
     untrained = "weights" in backbone and not backbone["weights"] and not backbone.get("pretrained")
     if untrained and first.optim.backbone_lr == 0:
         problems.append(
-            f"stages.{name}.optim.backbone_lr=0: the backbone would stay as it was drawn at random; "
-            "give backbone.weights=FILE or backbone.pretrained=true"
+            f"stages.{name}.optim.backbone_lr=0: the backbone would stay as it was drawn at random;"
+            " give backbone.weights=FILE or backbone.pretrained=true"
         )
 
 
@@ -294,8 +297,9 @@ def _check_relations(stages: Mapping[str, Stage], problems: list[str]) -> None:
             problems.append(f"{path}.trainer.micro_batches={trainer.micro_batches}: {most}")
         if bool(optim.milestones) != (optim.schedule == "step"):
             problems.append(
-                f"{path}.optim.milestones={show(optim.milestones)} with {path}.optim.schedule={optim.schedule}: "
-                "step needs milestones, as in [100,150] epochs or [0.6,0.8] of the stage, and only step has them"
+                f"{path}.optim.milestones={show(optim.milestones)} with"
+                f" {path}.optim.schedule={optim.schedule}: step needs milestones, as in [100,150]"
+                " epochs or [0.6,0.8] of the stage, and only step has them"
             )
         if optim.nesterov and optim.momentum == 0:
             problems.append(f"{path}.optim.nesterov=true: needs optim.momentum above 0")

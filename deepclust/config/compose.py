@@ -49,7 +49,8 @@ class _Words:
 
 
 def conf_folder() -> Path:
-    """Our own conf/: inside the package in a wheel, beside it in a checkout or an editable install."""
+    """Our own conf/: inside the package in a wheel, beside it in a checkout or an editable
+    install."""
     for folder in (PACKAGE / "conf", PACKAGE.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
@@ -192,7 +193,8 @@ def _sort_one(
             words.values.append((key, value))
         else:
             problems.append(
-                f"{show(override.input_line)}: there is no group {key}; groups are {', '.join(names)}"
+                f"{show(override.input_line)}: there is no group {key}; groups are"
+                f" {', '.join(names)}"
             )
         return
     place = key if nested else override.package

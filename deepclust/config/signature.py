@@ -98,7 +98,8 @@ def signature(target: str) -> Signature:
     if path is None:
         hint = _hint(near(module.rpartition(".")[2], siblings(module)))
         raise TargetError(
-            f"there is no module {module}{hint or '; is its folder in PYTHONPATH, or is it installed?'}"
+            "there is no module"
+            f" {module}{hint or '; is its folder in PYTHONPATH, or is it installed?'}"
         )
     if name not in definitions(path):
         hint = _hint(imports(path).get(name) or near(name, definitions(path)))
@@ -135,7 +136,8 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef, path: Path) -> dict[str, P
 
 
 def _inherited(node: ast.ClassDef, path: Path) -> dict[str, Parameter]:
-    """Parameters of the first base class that is written in this file or imported into it by name."""
+    """Parameters of the first base class that is written in this file or imported into it by
+    name."""
     for base in node.bases:
         name = ast.unparse(base)
         if name in definitions(path):

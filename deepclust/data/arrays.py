@@ -39,13 +39,17 @@ def load_array(file: str, key: str, names: tuple[str, ...], mapped: bool = False
         raise UserError(f"{key}={file}: {error}.") from error
     if not content:
         raise UserError(
-            f"{key}={file}: holds {', '.join(there)}; expected an array called {' or '.join(names)}."
+            f"{key}={file}: holds {', '.join(there)}; expected an array called"
+            f" {' or '.join(names)}."
         )
     (array,) = content.values()
     return array
 
 
-LAYOUTS = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; one image may be (H, W, 3) or (H, W, 1)"
+LAYOUTS = (
+    "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3; one image may be (H, W, 3) or (H,"
+    " W, 1)"
+)
 
 
 def as_images(images: np.ndarray | Tensor, least: int = 2, channels: int | None = None) -> Tensor:
@@ -66,7 +70,8 @@ def as_images(images: np.ndarray | Tensor, least: int = 2, channels: int | None 
     if 0 in shape[1:] or len(values) < least:
         given = "" if images.ndim == 4 else f", taken as {shape}"
         raise UserError(
-            f"images: shape {tuple(images.shape)}{given}; at least {least} image(s) of at least one pixel are needed."
+            f"images: shape {tuple(images.shape)}{given}; at least {least} image(s) of at least one"
+            " pixel are needed."
         )
     return torch.from_numpy(np.array(_eight_bit(values), order="C"))
 
@@ -79,13 +84,13 @@ def _with_four_axes(values: np.ndarray, channels: int | None) -> np.ndarray:
     text = "images: shape " + str(tuple(shape))
     if values.ndim == 2:
         raise UserError(
-            f"{text}: one grey image is images[None], and rows of pixels are images.reshape(N, H, W). "
-            f"Expected {LAYOUTS}."
+            f"{text}: one grey image is images[None], and rows of pixels are images.reshape(N, H,"
+            f" W). Expected {LAYOUTS}."
         )
     if values.ndim == 3 and shape[2] == 4 and shape[1] != 4:
         raise UserError(
-            f"{text}: one image with an alpha channel is images[..., :3]; grey images 4 pixels wide are "
-            f"images[..., None]. Expected {LAYOUTS}."
+            f"{text}: one image with an alpha channel is images[..., :3]; grey images 4 pixels wide"
+            f" are images[..., None]. Expected {LAYOUTS}."
         )
     if values.ndim == 3 and shape[2] == 3 == shape[1]:
         raise UserError(
@@ -93,8 +98,8 @@ def _with_four_axes(values: np.ndarray, channels: int | None) -> np.ndarray:
         )
     if values.ndim == 3 and shape[0] == 3 and channels == 3 and shape[2] != 3:
         raise UserError(
-            f"{text}: one colour image is images[None], and three grey images are images[:, None]; which of them it is "
-            "cannot be told."
+            f"{text}: one colour image is images[None], and three grey images are images[:, None];"
+            " which of them it is cannot be told."
         )
     if values.ndim == 3:
         return values[None] if shape[2] in (1, 3) and shape[1] > 1 else values[:, None]
@@ -130,7 +135,8 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
     if bad.any():
         rule = "integers must lie in 0..255" if is_integer else "floats must lie in [0, 1]"
         raise UserError(
-            f"images: values from {low.min()} to {high.max()}; {rule}. Rows outside: {bad.sum()}, first {_first(bad)}."
+            f"images: values from {low.min()} to {high.max()}; {rule}. Rows outside: {bad.sum()},"
+            f" first {_first(bad)}."
         )
     return values.astype(np.uint8) if is_integer else np.rint(values * 255.0).astype(np.uint8)
 

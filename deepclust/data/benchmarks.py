@@ -109,7 +109,8 @@ def read_idx(path: Path) -> np.ndarray:
     num_bytes = len(content) - start
     if num_bytes != shape.prod():
         raise UserError(
-            f"{path}: is broken: {num_bytes} bytes of data, not {shape.prod()}. Delete it and fetch it again."
+            f"{path}: is broken: {num_bytes} bytes of data, not {shape.prod()}. Delete it and fetch"
+            " it again."
         )
     # a copy, because an array over `bytes` is read-only and torch warns of such
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
@@ -162,7 +163,8 @@ def _read_pair(folder: Path, stem: str) -> tuple[np.ndarray, np.ndarray]:
     targets = read_idx(label_file)
     if pixels.shape != (len(targets), 28, 28) or targets.ndim != 1:
         raise UserError(
-            f"{image_file}: shape {pixels.shape} does not go with {targets.shape} labels; fetch both again."
+            f"{image_file}: shape {pixels.shape} does not go with {targets.shape} labels; fetch"
+            " both again."
         )
     return pixels, targets
 

@@ -106,7 +106,8 @@ def scaled(values: np.ndarray, full: float, seen: np.ndarray | None = None) -> n
 
 
 def _is_of_bytes(values: np.ndarray, full: float) -> bool:
-    """Whether 16 bits hold no more than 8: multiples of 257, as converters write them, or of 256."""
+    """Whether 16 bits hold no more than 8: multiples of 257, as converters write them, or of
+    256."""
     return full == 65535 and any(not (values % step).any() for step in (257, 256))
 
 
@@ -146,7 +147,8 @@ def colours_of(image: Image.Image, again: Callable[[], ImageFile]) -> Image.Imag
 
 
 def _low_bytes(again: Callable[[], ImageFile]) -> np.ndarray | None:
-    """(H, W, 3) uint8: the lower bytes of 16-bit colours; None where this Pillow cannot give them."""
+    """(H, W, 3) uint8: the lower bytes of 16-bit colours; None where this Pillow cannot give
+    them."""
     with again() as image:
         raw = _raw_mode(image.tile[0])
         grey_and_alpha = raw == "LA;16B"  # 4 bytes a pixel: grey high and low, alpha high and low

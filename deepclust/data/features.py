@@ -52,7 +52,8 @@ def features(
         return from_store(file, labels, protocol, imbalance, backbone)
     if backbone is not None:
         raise UserError(
-            f"data.backbone={backbone}: chooses among those of a feature store; data.file={file} is none."
+            f"data.backbone={backbone}: chooses among those of a feature store; data.file={file} is"
+            " none."
         )
     found = load_columns(file, "data.file")
     if labels is not None:
@@ -94,8 +95,8 @@ def from_store(
     name, rows = store.backbone(backbone).name, store.rows(backbone)
     if damaged := store.damaged(name):
         raise UserError(
-            f"data.file={path}: {store.file(name)} was changed on disk (SHA-256, {len(damaged)} blocks of rows); "
-            f"{store.command} computes them again."
+            f"data.file={path}: {store.file(name)} was changed on disk (SHA-256, {len(damaged)}"
+            f" blocks of rows); {store.command} computes them again."
         )
     if waiting := int((~store.computed(name) & (store.status != "deleted")).sum()):
         raise UserError(
@@ -132,7 +133,8 @@ def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:
     values = torch.as_tensor(features)
     if values.ndim != 2 or len(values) < least or not values.shape[1] or values.is_complex():
         raise UserError(
-            f"features: {values.dtype} of shape {tuple(values.shape)}; expected (N, D) with N >= {least}."
+            f"features: {values.dtype} of shape {tuple(values.shape)}; expected (N, D) with N >="
+            f" {least}."
         )
     rows = values.detach().cpu().float()
     bad = (~rows.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
@@ -144,7 +146,8 @@ def as_features(features: np.ndarray | Tensor, least: int = 2) -> Tensor:
 
 
 def _refuse_lost(features: np.ndarray | Tensor) -> None:
-    """Raises UserError where rows differ by less than float32 can hold, such as times around now."""
+    """Raises UserError where rows differ by less than float32 can hold, such as times around
+    now."""
     from deepclust.ops.precision import TOLD, lost_by_float32
 
     values = np.asarray(features.detach().cpu() if isinstance(features, Tensor) else features)
@@ -155,9 +158,10 @@ def _refuse_lost(features: np.ndarray | Tensor) -> None:
     wide = np.abs(values.mean(0, dtype=np.float64))
     column = int(np.argmax(np.where(spread > 0, wide, 0)))
     raise UserError(
-        f"features: column {column} holds values around {wide[column]:.6g} that differ by {spread[column]:.3g}; in "
-        f"float32, in which heads compute, rounding is {100 * lost:.0f} % of what tells rows apart. Subtract each "
-        "column's mean first, of training and later features alike"
+        f"features: column {column} holds values around {wide[column]:.6g} that differ by"
+        f" {spread[column]:.3g}; in float32, in which heads compute, rounding is {100 * lost:.0f} %"
+        " of what tells rows apart. Subtract each column's mean first, of training and later"
+        " features alike"
     )
 
 

@@ -241,8 +241,8 @@ def list_file(file: str, labels: Literal["auto", "none"], key: str = "data.file=
         found = [row[1].strip() or None if len(row) > 1 else None for row in rows]
     if None in found and any(found):
         raise UserError(
-            f"{key}{file}: entry {found.index(None) + 1} ({rows[found.index(None)][0]}) has no label, others do.\n"
-            "Give every image a label, or use data.labels=none."
+            f"{key}{file}: entry {found.index(None) + 1} ({rows[found.index(None)][0]}) has no"
+            " label, others do.\nGive every image a label, or use data.labels=none."
         )
     return Listing(path.parent, [row[0].strip() for row in rows], found, [NO_SPLIT] * len(rows))
 
@@ -356,8 +356,8 @@ def by_protocol(
     if in_train.sum() < 2 or in_train.all():
         found = ", ".join(sorted(set(everything.splits.tolist())))
         raise UserError(
-            f"data.protocol={protocol}: needs 2 images or more in split train and some in another (splits: {found}).\n"
-            "Use data.protocol=transductive to cluster all images."
+            f"data.protocol={protocol}: needs 2 images or more in split train and some in another"
+            f" (splits: {found}).\nUse data.protocol=transductive to cluster all images."
         )
     train, test = (
         without_partial_labels(everything.select(rows)) for rows in (in_train, ~in_train)

@@ -1,4 +1,5 @@
-"""Images as people hold them in Python: paths, pictures or arrays, in whatever they are gathered."""
+"""Images as people hold them in Python: paths, pictures or arrays, in whatever they are
+gathered."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def gathered(images: Any) -> Given:
     if isinstance(images, Set | Mapping):
         kind = type(images).__name__
         raise UserError(
-            f"images: a {kind} has no order, so clusters could not be told whose they are; give a list."
+            f"images: a {kind} has no order, so clusters could not be told whose they are; give a"
+            " list."
         )
     if not isinstance(images, Iterable):
         raise UserError(f"images: {type(images).__name__}; expected {KINDS}.")
@@ -62,8 +64,8 @@ def _stacked(items: Sequence[Any]) -> np.ndarray:
     shapes = list(dict.fromkeys(np.shape(part) for part in parts if isinstance(part, np.ndarray)))
     if len(shapes) > 1:
         raise UserError(
-            f"images: arrays of different shapes, {shapes[0]} and {shapes[1]}; resize them to one, or give paths or "
-            "Pillow images, which are resized here."
+            f"images: arrays of different shapes, {shapes[0]} and {shapes[1]}; resize them to one,"
+            " or give paths or Pillow images, which are resized here."
         )
     try:
         stack = np.asarray(parts)

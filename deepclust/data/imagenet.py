@@ -189,7 +189,8 @@ def tiny_imagenet(
         folder = home / split_name
         if not folder.is_dir():
             raise UserError(
-                f"data.root={root}: there is no folder {split_name} in {home}; give the folder {TINY}."
+                f"data.root={root}: there is no folder {split_name} in {home}; give the folder"
+                f" {TINY}."
             )
         paths = list_folder(str(folder)).paths
         sheet = folder / "val_annotations.txt"

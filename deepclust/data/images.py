@@ -296,7 +296,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a kind that can be read"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels: may be a decompression bomb"
+        return (
+            f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels: may be a"
+            " decompression bomb"
+        )
     return " ".join(str(error).split()) or type(error).__name__
 
 

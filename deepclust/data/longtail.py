@@ -40,7 +40,8 @@ def long_tail(images: ImageSet, imbalance: float) -> ImageSet:
     """
     if images.classes is None:
         raise UserError(
-            f"data.imbalance={imbalance:g}: {images.name} has no labels to thin it by; leave it out."
+            f"data.imbalance={imbalance:g}: {images.name} has no labels to thin it by; leave it"
+            " out."
         )
     classes, sizes = np.unique(images.classes, return_counts=True)
     counts = tail_counts(int(sizes.min()), len(classes), imbalance)

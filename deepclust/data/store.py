@@ -4,7 +4,8 @@
 <store>/
   .deepclust.lock   held by the process that writes
   store.sqlite      the manifest: images, backbones, sealed blocks with their SHA-256, format
-  <backbone>.npy    features (N, D), float16 or float32, not standardised; row = image, the same for every backbone
+  <backbone>.npy    features (N, D), float16 or float32, a row for each image,
+                     the same for every backbone; not standardised
   simclr/           the run that trained a backbone on these very images, where one was asked for
 ```
 A row belongs to one path for ever: new images come behind, deleted ones are marked. What changes in
@@ -78,7 +79,8 @@ class FeatureStore:
         facts = dict(db.execute("SELECT name, value FROM facts"))
         if not str(facts.get("format", "")).isdecimal() or int(facts["format"]) > FORMAT:
             raise UserError(
-                f"{path} was written by a newer deepclust (format {facts.get('format')}); update deepclust"
+                f"{path} was written by a newer deepclust (format {facts.get('format')}); update"
+                " deepclust"
             )
         self.root = Path(os.fsdecode(facts["root"]))
         self.scan = int(facts["scan"])
@@ -113,7 +115,8 @@ class FeatureStore:
             except (sqlite3.Error, KeyError, ValueError, TypeError) as error:
                 fault = error
         raise UserError(
-            f"{file} cannot be read ({fault}). Remove it and make it anew: deepclust features IMAGES --store {folder}"
+            f"{file} cannot be read ({fault}). Remove it and make it anew: deepclust features"
+            f" IMAGES --store {folder}"
         ) from fault
 
     def __len__(self) -> int:
@@ -140,7 +143,10 @@ class FeatureStore:
         if len(found) == 1:
             return found[0]
         names = ", ".join(each.name for each in found) or ", ".join(self.backbones) or "none yet"
-        what = f"{'has no' if name and not found else 'has several'} backbones{f' {name}' if name else ''}"
+        what = (
+            f"{'has no' if name and not found else 'has several'}"
+            f" backbones{f' {name}' if name else ''}"
+        )
         if not self.backbones:
             what = "has no features yet"
         raise UserError(f"{self.path} {what}; there are: {names}")
@@ -263,7 +269,8 @@ class FeatureStore:
 
 
 def _checked(backbone: StoredBackbone) -> StoredBackbone:
-    """The same. ValueError unless its file is in the store and holds numbers: objects are unsafe."""
+    """The same. ValueError unless its file is in the store and holds numbers: objects are
+    unsafe."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", backbone.name):
         raise ValueError(f"{backbone.name!r} is no name of a backbone")
     if backbone.dtype not in DTYPES or type(backbone.dim) is not int or backbone.dim < 1:

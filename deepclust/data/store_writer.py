@@ -38,12 +38,19 @@ from deepclust.runtime.files import explain, inside, release_lock, take_lock
 
 SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value)",
-    "CREATE TABLE images (row INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, bytes INTEGER, mtime_ns INTEGER, "
-    "ctime_ns INTEGER, width INTEGER, height INTEGER, sha256 BLOB, status TEXT, reason TEXT, changed_at INTEGER, "
-    f"{PERCEPTUAL} BLOB)",
-    "CREATE TABLE backbones (place INTEGER PRIMARY KEY, name TEXT UNIQUE, dim INTEGER, dtype TEXT, identity TEXT)",
-    "CREATE TABLE blocks (backbone TEXT, block INTEGER, rows INTEGER, sha256 TEXT, computed_at INTEGER, "
-    "PRIMARY KEY (backbone, block))",
+    (
+        "CREATE TABLE images (row INTEGER PRIMARY KEY, path BLOB UNIQUE NOT NULL, bytes INTEGER,"
+        " mtime_ns INTEGER, ctime_ns INTEGER, width INTEGER, height INTEGER, sha256 BLOB, status"
+        f" TEXT, reason TEXT, changed_at INTEGER, {PERCEPTUAL} BLOB)"
+    ),
+    (
+        "CREATE TABLE backbones (place INTEGER PRIMARY KEY, name TEXT UNIQUE, dim INTEGER, dtype"
+        " TEXT, identity TEXT)"
+    ),
+    (
+        "CREATE TABLE blocks (backbone TEXT, block INTEGER, rows INTEGER, sha256 TEXT, computed_at"
+        " INTEGER, PRIMARY KEY (backbone, block))"
+    ),
 )
 OPTION = "--store DIR"
 AT_ONCE = 500
@@ -106,7 +113,8 @@ class StoreWriter(FeatureStore):
                 not name.startswith(".") for name in os.listdir(folder)
             ):
                 raise UserError(
-                    f"--store {folder} holds other files and is no feature store; choose another {OPTION}"
+                    f"--store {folder} holds other files and is no feature store; choose another"
+                    f" {OPTION}"
                 )
             lock = take_lock(folder, "--store ")
         try:
@@ -218,7 +226,10 @@ class StoreWriter(FeatureStore):
             return
         self.scan += 1
         db.execute("UPDATE facts SET value = ? WHERE name = 'scan'", (self.scan,))
-        statement = f"UPDATE images SET status = 'new', reason = NULL, changed_at = ?, {PERCEPTUAL} = NULL WHERE row = ?"
+        statement = (
+            f"UPDATE images SET status = 'new', reason = NULL, changed_at = ?, {PERCEPTUAL} = NULL"
+            " WHERE row = ?"
+        )
         db.executemany(statement, [(self.scan, row) for row in sorted(anew)])
         rows = [
             (len(self) + place, os.fsencode(path), *state, self.scan)
@@ -270,8 +281,8 @@ class StoreWriter(FeatureStore):
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise UserError(
-                f"{path} needs {needed / 1e6:,.0f} MB more and the disk has {free / 1e6:,.0f} MB free. "
-                f"Free some space, choose another {OPTION}, or --dtype float16"
+                f"{path} needs {needed / 1e6:,.0f} MB more and the disk has {free / 1e6:,.0f} MB"
+                f" free. Free some space, choose another {OPTION}, or --dtype float16"
             )
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self._files[backbone.name] = handle
@@ -343,7 +354,8 @@ class StoreWriter(FeatureStore):
         moved = not self.root.exists() and any((root / path).exists() for path in self.paths)
         if not moved:
             raise UserError(
-                f"--store {self.path} holds the features of {self.root}, not of {root}; choose another {OPTION}"
+                f"--store {self.path} holds the features of {self.root}, not of {root}; choose"
+                f" another {OPTION}"
             )
         with self._db as db:
             db.execute("UPDATE facts SET value = ? WHERE name = 'root'", (os.fsencode(root),))
@@ -408,8 +420,9 @@ def _keep_facts(db: sqlite3.Connection, facts: Sequence[Fact]) -> None:
         None if fact.perceptual is None else fact.perceptual.to_bytes(8, "big") for fact in facts
     ]
     db.executemany(
-        "UPDATE images SET bytes = ?, mtime_ns = ?, ctime_ns = ?, width = ?, height = ?, sha256 = ?, status = ?, "
-        f"reason = ?, {PERCEPTUAL} = CASE WHEN ? IS NULL THEN NULL ELSE coalesce({PERCEPTUAL}, ?) END WHERE row = ?",
+        "UPDATE images SET bytes = ?, mtime_ns = ?, ctime_ns = ?, width = ?, height = ?, sha256 ="
+        f" ?, status = ?, reason = ?, {PERCEPTUAL} = CASE WHEN ? IS NULL THEN NULL ELSE"
+        f" coalesce({PERCEPTUAL}, ?) END WHERE row = ?",
         [
             (*fact.state, *fact.size, fact.sha256, fact.status, fact.reason, hash_, hash_, fact.row)
             for fact, hash_ in zip(facts, seen)

@@ -45,14 +45,16 @@ def as_probabilities(values: Any) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or not array.size:
         raise ValueError(
-            f"probabilities must have one row of K probabilities for each sample, it has shape {array.shape}"
+            "probabilities must have one row of K probabilities for each sample, it has shape"
+            f" {array.shape}"
         )
     sums_to_one = np.abs(array.sum(1) - 1) <= ROUNDING
     good = np.isfinite(array).all(1) & (array >= 0).all(1) & sums_to_one
     if not good.all():
         row = int(np.flatnonzero(~good)[0])
         raise ValueError(
-            f"probabilities must be at least 0 and sum to 1 in each row, row {row} sums to {array[row].sum():.6g}"
+            f"probabilities must be at least 0 and sum to 1 in each row, row {row} sums to"
+            f" {array[row].sum():.6g}"
         )
     return array
 

@@ -154,8 +154,12 @@ def better_stage(candidates: Mapping[str, float | None]) -> tuple[str, str]:
     # NaN alone differs from itself.
     if all(value != value for value in values.values()):
         *_, kept = values
-        return kept, (
-            f"{kept} is kept, the last stage: how neighbours agree on the stages' clusters is not known."
+        return (
+            kept,
+            (
+                f"{kept} is kept, the last stage: how neighbours agree on the stages' clusters is"
+                " not known."
+            ),
         )
     kept, *later = values
     for name in later:
@@ -166,8 +170,11 @@ def better_stage(candidates: Mapping[str, float | None]) -> tuple[str, str]:
         for name, value in values.items()
         if name != kept
     ]
-    return kept, (
-        f"{kept} is kept: on the pretext's neighbour graph its clusters agree best beyond chance "
-        f"({values[kept]:.4f}; {', '.join(others)}); no label was used, and a tie keeps the "
-        "earlier stage."
+    return (
+        kept,
+        (
+            f"{kept} is kept: on the pretext's neighbour graph its clusters agree best beyond"
+            f" chance ({values[kept]:.4f}; {', '.join(others)}); no label was used, and a tie keeps"
+            " the earlier stage."
+        ),
     )

@@ -229,7 +229,8 @@ def timm_encoder(name: str, weights: str | None, size: int | None) -> Encoder:
 
 
 def saw_labels(tag: str) -> bool | None:
-    """Whether the pretraining that timm calls `tag` used labels; None where its name does not say."""
+    """Whether the pretraining that timm calls `tag` used labels; None where its name does not
+    say."""
     if "_ft_" in tag:
         return True
     if re.match(LABEL_FREE, tag):
@@ -272,7 +273,8 @@ def own_encoder(path: str, size: int | None = None) -> Encoder:
     spec = clusterer.spec
     if size is not None:
         raise UserError(
-            f"--size {size}: a trained model has a size of its own ({spec['view_size']}); leave it out"
+            f"--size {size}: a trained model has a size of its own ({spec['view_size']}); leave"
+            " it out"
         )
     if max(spec["image_size"]) == 1:
         raise UserError(f"--backbone {path} is a model of features; give one of images")

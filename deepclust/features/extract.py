@@ -174,8 +174,8 @@ def _encoders(asked: Asked) -> tuple[list[Encoder], str]:
     names = asked.backbones or ([] if asked.weights else [DEFAULT_BACKBONE])
     if asked.weights and len(asked.weights) != len(names):
         raise UserError(
-            f"--weights is given {len(asked.weights)} time(s) and --backbone {len(names)}: give one file for each "
-            "backbone, in the same order"
+            f"--weights is given {len(asked.weights)} time(s) and --backbone {len(names)}: give one"
+            " file for each backbone, in the same order"
         )
     found, missing = [], []
     for name, weights in zip(names, asked.weights or [None] * len(names)):
@@ -185,8 +185,9 @@ def _encoders(asked: Asked) -> tuple[list[Encoder], str]:
             missing.append(str(error))
     if missing and asked.backbones and not asked.train:
         ways = (
-            "Ways out: --weights FILE gives a local file (.safetensors, .pt); --backbone RUN takes a model that "
-            "deepclust trained; --train trains one on these images first; or run this where there is a network"
+            "Ways out: --weights FILE gives a local file (.safetensors, .pt); --backbone RUN takes"
+            " a model that deepclust trained; --train trains one on these images first; or run this"
+            " where there is a network"
         )
         raise NoWeights("\n".join([*missing, ways]))
     return found, "\n".join(missing)
@@ -203,9 +204,10 @@ def _trained(store: StoreWriter, root: Path, missing: str, console: ConsoleLogge
         console.message(text, "warning")
         return find_encoder(str(folder))
     console.message(
-        f"{missing}\nA small backbone is trained on these images first, without labels: SimCLR, the first stage of the "
-        f"recipe scan_photo, in {folder}. It takes minutes to an hour and says how long; its features are weaker than "
-        "those of a large pretrained network: --backbone NAME --weights FILE takes one from a local file.",
+        f"{missing}\nA small backbone is trained on these images first, without labels: SimCLR, the"
+        f" first stage of the recipe scan_photo, in {folder}. It takes minutes to an hour and says"
+        " how long; its features are weaker than those of a large pretrained network: --backbone"
+        " NAME --weights FILE takes one from a local file.",
         "warning",
     )
     train_simclr(root, folder)
@@ -261,8 +263,8 @@ def _task(store: StoreWriter, encoder: Encoder, asked: Asked, console: ConsoleLo
         or "whether its training saw labels is not known"
     )
     console.message(
-        f"{encoder.model}: {stored.dim:,} features of images of {encoder.side} px, {stored.dtype}, {size:,.1f} MB on "
-        f"disk, computed in {made['precision']} on {encoder.device}; {told}"
+        f"{encoder.model}: {stored.dim:,} features of images of {encoder.side} px, {stored.dtype},"
+        f" {size:,.1f} MB on disk, computed in {made['precision']} on {encoder.device}; {told}"
     )
     if encoder.note:
         console.message(encoder.note)

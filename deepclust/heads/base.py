@@ -232,7 +232,8 @@ class Head(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} learns features, it predicts no clusters")
 
     def uncalibrated(self, z: Tensor) -> Tensor:
-        """(B, D) to (B, K) probabilities before calibration: `predict`, unless a head calibrates."""
+        """(B, D) to (B, K) probabilities before calibration: `predict`, unless a head
+        calibrates."""
         return self.predict(z)
 
     @property

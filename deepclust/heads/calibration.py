@@ -113,7 +113,8 @@ class Calibration(Wrapper):
         if isinstance(layer, ClusterMLP) and layer.first.out_features != hidden_dim:
             other = layer.first.out_features
             raise UserError(
-                f"hidden_dim={hidden_dim} and inner.hidden_dim={other}: must be equal with inner.kind=mlp"
+                f"hidden_dim={hidden_dim} and inner.hidden_dim={other}: must be equal with"
+                " inner.kind=mlp"
             )
         shared = [
             n for n, view in enumerate(inner.views) if gives_labels and view.used_for == "targets"

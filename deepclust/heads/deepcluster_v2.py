@@ -84,7 +84,8 @@ class DeepClusterV2(PrototypeHead):
         return BankSpec(needs_pass=False)
 
     def refresh(self, bank: Bank) -> Refresh:
-        """K-means on what was collected; at the stage's end, larger sets are grouped into clusters."""
+        """K-means on what was collected; at the stage's end, larger sets are grouped into
+        clusters."""
         collected = bank.features.ndim == 1
         if not collected and int(self.rounds):
             return super().refresh(bank)
@@ -96,8 +97,9 @@ class DeepClusterV2(PrototypeHead):
         for number, size in enumerate(self.prototypes.sizes):
             if size > len(rows):
                 raise UserError(
-                    f"head.num_prototypes={self.prototypes.sizes}: only {len(rows)} images could be read; a set of "
-                    f"prototypes needs at least as many: give smaller ones, as in [{self.num_clusters}]"
+                    f"head.num_prototypes={self.prototypes.sizes}: only {len(rows)} images could be"
+                    " read; a set of prototypes needs at least as many: give smaller ones, as in"
+                    f" [{self.num_clusters}]"
                 )
             found = kmeans(
                 self.memory[number % len(self.memory)][mine],

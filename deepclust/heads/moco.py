@@ -99,7 +99,8 @@ class MoCo(Head):
     def loss(
         self, outputs: Mapping[int, Output], targets: Targets, batch: Batch
     ) -> dict[str, Tensor]:
-        """`moco_loss` of the first view's queries; if symmetric its mean with that of the second's."""
+        """`moco_loss` of the first view's queries; if symmetric its mean with that of the
+        second's."""
         pairs = ((0, 1), (1, 0)) if self.symmetric else ((0, 1),)
         terms = [
             moco_loss(

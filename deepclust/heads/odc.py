@@ -32,7 +32,8 @@ from deepclust.types import Count, Decay, Natural
 
 
 def cluster_weights(counts: Tensor) -> Tensor:
-    """(K,) float32 weights proportional to (n + 1e-5)^-0.5 that sum to 1, from cluster sizes (K,)."""
+    """(K,) float32 weights proportional to (n + 1e-5)^-0.5 that sum to 1, from cluster sizes
+    (K,)."""
     weights = (counts.float() + 1e-5).rsqrt()
     return weights / weights.sum()
 

@@ -33,7 +33,8 @@ from deepclust.ops.transport import SelfLabelResult
 from deepclust.types import Count, Decay, Positive
 
 CHUNK_BYTES = 8_388_608  # of float64 log-probabilities made at a time
-KEEP_BYTES = 268_435_456  # up to here a rank keeps all of its N x K while it solves; above, each round makes them anew
+# up to here a rank keeps all of its N x K while it solves; above, each round makes them anew
+KEEP_BYTES = 268_435_456
 
 
 def solve_mark(

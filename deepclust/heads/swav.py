@@ -149,9 +149,10 @@ class SwAV(PrototypeHead):
         queue = 0 if self.queue is None else self.queue.length
         if rows + queue < most:
             warnings.warn(
-                f"codes of {rows} images and a queue of {queue} cannot be balanced over {most} prototypes: give a "
-                f"larger trainer.batch_size, head.queue_length={-(-2 * most // rows) * rows} or smaller sets "
-                "(head.num_prototypes)",
+                f"codes of {rows} images and a queue of {queue} cannot be balanced over {most}"
+                " prototypes: give a larger trainer.batch_size,"
+                f" head.queue_length={-(-2 * most // rows) * rows} or smaller sets"
+                " (head.num_prototypes)",
                 Advice,
                 stacklevel=2,
             )
@@ -177,7 +178,8 @@ def _unit(embedding: Tensor) -> Tensor:
     off = (embedding.norm(dim=1) - 1).abs()
     if len(embedding) and not bool(off.max() <= 1e-2):
         raise UserError(
-            f"SwAV needs features of length one; here a norm is off by {float(off.max()):.3g}. Normalise them "
-            "(F.normalize(x, dim=1)); if they are not finite, try a lower optim.lr or trainer.precision=float32"
+            f"SwAV needs features of length one; here a norm is off by {float(off.max()):.3g}."
+            " Normalise them (F.normalize(x, dim=1)); if they are not finite, try a lower optim.lr"
+            " or trainer.precision=float32"
         )
     return embedding

@@ -36,7 +36,8 @@ class TensorBoardLogger:
             module: Any = importlib.import_module("torch.utils.tensorboard")
         except ImportError:
             self._warn(
-                "TensorBoard is not installed (pip install tensorboard); the run is logged to files only."
+                "TensorBoard is not installed (pip install tensorboard); the run is logged to files"
+                " only."
             )
             return
         self._writer = module.SummaryWriter(str(self._folder), purge_step=self._purge)

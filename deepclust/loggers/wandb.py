@@ -75,7 +75,8 @@ class WandbLogger:
                     raise
                 cause = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self._warn(
-                    f"W&B cannot be reached ({cause}); logging offline, to be sent later by `wandb sync`."
+                    f"W&B cannot be reached ({cause}); logging offline, to be sent later by `wandb"
+                    " sync`."
                 )
                 self._mode = "offline"
                 wandb.teardown()  # the failed start still holds the id

@@ -50,7 +50,8 @@ def neighbor_agreement(labels: Tensor, graph: Tensor, rows: Tensor | None = None
     """
     if graph.ndim != 2 or len(graph) != len(labels) or not graph.numel():
         raise ValueError(
-            f"graph must have one row of neighbours for each of {len(labels)} labels, it is {tuple(graph.shape)}"
+            f"graph must have one row of neighbours for each of {len(labels)} labels, it is"
+            f" {tuple(graph.shape)}"
         )
     clusters = labels if rows is None else labels[rows]
     neighbors = graph if rows is None else graph[rows]

@@ -49,7 +49,8 @@ def spectral_clusters(
 
 
 def on_first_rank(labels_of: Callable[[Tensor], Tensor], rows: Tensor, group: Any = None) -> Tensor:
-    """Labels (n,) int64 of this rank's rows (n, D), of what rank 0 finds for all (N, D) together."""
+    """Labels (n,) int64 of this rank's rows (n, D), of what rank 0 finds for all (N, D)
+    together."""
     everyone, offset = gather_rows(rows, group)
     labels = torch.zeros(len(everyone), dtype=torch.int64, device=rows.device)
     if group is None or dist.get_rank(group) == 0:
@@ -114,7 +115,8 @@ def neighbor_graph(neighbors: np.ndarray, *, shared: bool = False) -> Any:
 
 
 def graph_components(graph: Any, num_components: int) -> tuple[Tensor, Tensor]:
-    """What `spectral_components` gives, of a sparse symmetric adjacency (N, N) without empty rows."""
+    """What `spectral_components` gives, of a sparse symmetric adjacency (N, N) without empty
+    rows."""
     import scipy.sparse as sparse
 
     degrees = np.asarray(graph.sum(axis=1)).ravel()

@@ -82,7 +82,8 @@ def predict(asked: Asked, console: ConsoleLogger | None = None) -> int:
                 parts.close()
     what = "images" if images else "rows"
     console.message(
-        f"{clustered:,} {what} clustered{f', {failed:,} could not be read' if failed else ''}: {asked.out}"
+        f"{clustered:,} {what} clustered{f', {failed:,} could not be read' if failed else ''}:"
+        f" {asked.out}"
     )
     return FINISHED if clustered else NOTHING_CLUSTERED
 
@@ -117,7 +118,8 @@ def _resume(
         console.message(note, "warning")
     if images and model.of_features and model.stored is None:
         console.message(
-            f"{model.why}; that --backbone {asked.backbone} made them is taken on trust, only their number fits",
+            f"{model.why}; that --backbone {asked.backbone} made them is taken on trust, only their"
+            " number fits",
             "warning",
         )
     facts: dict[str, Any] = images.facts if images else {}

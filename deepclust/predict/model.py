@@ -122,10 +122,16 @@ def _notes(run: FolderRun, state: State, clusterer: Clusterer) -> Iterator[str]:
     """What a run's clusters cannot tell of other images."""
     if "confidence" in run.missing:
         reason = run.missing["confidence"]
-        yield f"confidences are shares of votes; how far to trust them could not be estimated: {reason}"
+        yield (
+            "confidences are shares of votes; how far to trust them could not be estimated:"
+            f" {reason}"
+        )
     tells = bool(getattr(clusterer.network.head, "outlier_neighbors", 0))
     if run.facts["asked"].get("noise") and not tells and (state.cluster[state.kept] == NOISE).any():
-        yield f"noise is not told, every image gets a cluster: the run does not know how yet; {run.append_command()}"
+        yield (
+            "noise is not told, every image gets a cluster: the run does not know how yet;"
+            f" {run.append_command()}"
+        )
 
 
 def _trained_on(folder: Path | None) -> tuple[StoredBackbone | None, str]:
@@ -150,7 +156,10 @@ def _trained_on(folder: Path | None) -> tuple[StoredBackbone | None, str]:
         there = path.is_file()
         return (
             None,
-            f"{unknown}: {file} {'is an array, which does not tell' if there else 'is no longer there'}",
+            (
+                f"{unknown}: {file}"
+                f" {'is an array, which does not tell' if there else 'is no longer there'}"
+            ),
         )
     try:
         return FeatureStore.open(store).backbone(name), ""
@@ -182,7 +191,8 @@ class ImageModel:
         if not model.of_features:
             if backbone or weights:
                 raise UserError(
-                    f"{model.run} is a model of images; --backbone and --weights go with a model of features"
+                    f"{model.run} is a model of images; --backbone and --weights go with a model of"
+                    " features"
                 )
             spec = model.clusterer.spec
             self.side, self.channels = max(spec["image_size"]), int(spec["channels"])
@@ -224,10 +234,14 @@ def _encoder(
     """What makes the features that a model of features wants; UserError with the fix where it
     cannot be had.
     """
-    fix = "--backbone NAME or FILE.py:FUNCTION, with --weights FILE for a local file, says where it is"
+    fix = (
+        "--backbone NAME or FILE.py:FUNCTION, with --weights FILE for a local file, says where"
+        " it is"
+    )
     if model.stored is None and backbone is None:
         raise UserError(
-            f"{model.run} is a model of features, and {model.why}. Give features of these images, or {fix}"
+            f"{model.run} is a model of features, and {model.why}. Give features of these images,"
+            f" or {fix}"
         )
     stored = model.stored
     try:
@@ -245,6 +259,7 @@ def _encoder(
         ) from error
     if encoder.num_features != model.num_features:
         raise UserError(
-            f"{encoder.model} gives {encoder.num_features} features; {model.run} was trained on {model.num_features}"
+            f"{encoder.model} gives {encoder.num_features} features; {model.run} was trained on"
+            f" {model.num_features}"
         )
     return encoder

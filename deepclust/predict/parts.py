@@ -4,7 +4,8 @@ file, at the end.
 ```
 .<out>.parts/
   manifest.json    what is being done: model, images, options
-  000000.arrow …   clusters of `size` images each, written one after another, each whole or not at all
+  000000.arrow …   clusters of `size` images each, one after another,
+                    each whole or not at all
   out              the file in the making
 ```
 The file itself appears at the end, at once. A kill at any moment leaves parts that the same command
@@ -104,8 +105,9 @@ class Parts:
                 or "version of deepclust"
             )
             raise UserError(
-                f"{self.folder} holds what was done towards {self.out} with another {changed}, by another command or "
-                "before that changed. Finish it with that command, choose another -o FILE, or start over with --new"
+                f"{self.folder} holds what was done towards {self.out} with another {changed}, by"
+                " another command or before that changed. Finish it with that command, choose"
+                " another -o FILE, or start over with --new"
             )
         if before != manifest or new:
             self._clear()
@@ -192,7 +194,8 @@ class Parts:
         table = self._load(part)
         if table is None:
             raise UserError(
-                f"{self.folder / f'{part:06d}.arrow'} was changed on disk; the same command makes it again"
+                f"{self.folder / f'{part:06d}.arrow'} was changed on disk; the same command makes"
+                " it again"
             )
         return table
 

@@ -53,7 +53,8 @@ class Source:
         return digest.hexdigest()
 
     def states(self, first: int, last: int) -> str:
-        """What tells whether images first..last changed: a digest of their files' sizes and times."""
+        """What tells whether images first..last changed: a digest of their files' sizes and
+        times."""
         if self.root is None:
             return ""
         return states_digest(file_state(self.root / path) for path in self.paths[first:last])
@@ -96,8 +97,8 @@ def _of_store(path: Path, model: RunModel, backbone: str | None) -> Source:
         raise UserError(f"{path}: {waiting} images have no features yet; {store.command} goes on.")
     if damaged := store.damaged(name):
         raise UserError(
-            f"{store.file(name)} was changed on disk (SHA-256, {len(damaged)} blocks of rows); {store.command} "
-            "computes them again."
+            f"{store.file(name)} was changed on disk (SHA-256, {len(damaged)} blocks of rows);"
+            f" {store.command} computes them again."
         )
     rows = np.flatnonzero(store.status != "deleted")
     features = store.features(name)
@@ -130,8 +131,9 @@ def _backbone(store: FeatureStore, model: RunModel, asked: str | None) -> str:
             str(each) for each in (store.root, "--store", store.path, "--backbone", made_by["name"])
         ]
         raise UserError(
-            f"{store.path} holds features by {', '.join(store.backbones) or 'nothing yet'}; {model.run} wants those by "
-            f"{wanted.name}: {shlex.join(['deepclust', 'features', *words])}"
+            f"{store.path} holds features by {', '.join(store.backbones) or 'nothing yet'};"
+            f" {model.run} wants those by {wanted.name}:"
+            f" {shlex.join(['deepclust', 'features', *words])}"
         )
     return found[0]
 
@@ -150,10 +152,11 @@ def _of_file(path: Path, model: RunModel) -> Source:
 def _check_columns(features: np.ndarray, model: RunModel, path: Path) -> None:
     if features.ndim != 2 or not len(features) or features.dtype.kind not in "fiub":
         raise UserError(
-            f"{printable(str(path))}: {features.dtype} of shape {features.shape}; expected numbers (N, D), N >= 1"
+            f"{printable(str(path))}: {features.dtype} of shape {features.shape}; expected numbers"
+            " (N, D), N >= 1"
         )
     if features.shape[1] != model.num_features:
         raise UserError(
-            f"{printable(str(path))}: features have {features.shape[1]} columns; {model.run} was trained on "
-            f"{model.num_features}"
+            f"{printable(str(path))}: features have {features.shape[1]} columns; {model.run} was"
+            f" trained on {model.num_features}"
         )

@@ -128,7 +128,8 @@ def _section(gallery: Gallery, side: int, lossless: bool) -> str:
     """Heading and parts; the picture that all tiles show a part of is a property of the section."""
     if len(gallery.captions) != len(gallery.images):
         raise ValueError(
-            f"cluster {gallery.cluster}: {len(gallery.captions)} captions for {len(gallery.images)} images"
+            f"cluster {gallery.cluster}: {len(gallery.captions)} captions for {len(gallery.images)}"
+            " images"
         )
     title = gallery.title or f"Cluster {gallery.cluster}"
     head = _heading(gallery, title)

@@ -185,7 +185,10 @@ def _default_commands(folder: Path) -> list[tuple[str, str]]:
     """How to load the model of a run folder."""
     # forward slashes: a backslash in a string of Python would begin an escape
     model = (folder / "model.safetensors").as_posix()
-    code = f'from deepclust import Clusterer\n\nmodel = Clusterer.load("{model}")\nclusters = model.predict(images)'
+    code = (
+        f'from deepclust import Clusterer\n\nmodel = Clusterer.load("{model}")\nclusters ='
+        " model.predict(images)"
+    )
     return [("Cluster new images", code)]
 
 

@@ -110,12 +110,16 @@ def curve(
     low = min(value for _, value in points)
     high = max(value for _, value in points)
     path = " ".join(
-        f"{WIDTH * _position(step, first, last):.0f},{HEIGHT - HEIGHT * _position(value, low, high):.0f}"
+        f"{WIDTH * _position(step, first, last):.0f},"
+        f"{HEIGHT - HEIGHT * _position(value, low, high):.0f}"
         for step, value in drawn
     )
     name = escape(name, quote=True)
     axis = escape(axis, quote=True)
-    words = f"{name}: from {points[0][1]:.4g} at {axis} {first:,.0f} to {points[-1][1]:.4g} at {axis} {last:,.0f}"
+    words = (
+        f"{name}: from {points[0][1]:.4g} at {axis} {first:,.0f} to {points[-1][1]:.4g} at {axis}"
+        f" {last:,.0f}"
+    )
     fact = f"{points[-1][1]:.4g}"
     line = ""
     marked = next((value for step, value in points if step == mark), None)

@@ -47,10 +47,12 @@ def reliability_section(calibration: Mapping[str, Any] | None) -> str:
         if name not in NOT_DRAWN
     )
     words = [
-        f"A bar is the {axis} of the images whose confidence lies there; "
-        "calibrated confidences end on the diagonal. "
-        "The grey part is the gap to their mean confidence. "
-        "Below: how many images have such a confidence.",
+        (
+            f"A bar is the {axis} of the images whose confidence lies there; "
+            "calibrated confidences end on the diagonal. "
+            "The grey part is the gap to their mean confidence. "
+            "Below: how many images have such a confidence."
+        ),
         trust_words(calibration),
     ]
     table = ""
@@ -111,7 +113,10 @@ def _strip_bar(part: Mapping[str, float], largest: float) -> str:
     """A bin's number of images relative to the largest."""
     left, width = _extent(part)
     height = STRIP * part["count"] / largest
-    return f'<rect class="share" x="{left:.1f}" y="{STRIP - height:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+    return (
+        f'<rect class="share" x="{left:.1f}" y="{STRIP - height:.1f}" width="{width:.1f}"'
+        f' height="{height:.1f}"/>'
+    )
 
 
 def _extent(part: Mapping[str, float]) -> tuple[float, float]:
@@ -136,9 +141,18 @@ def _table(calibration: Mapping[str, Any]) -> str:
         title = f'<th scope="row" role="rowheader">{escape(name)}</th>'
         body += f'<tr role="row">{title}{row}</tr>'
     # roles, because narrow screens show the table as a list, which would end its being a table
-    head = f'<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Confidences</th>{heads}</tr>'
-    remark = "ECE, adaptive ECE, AUROC and AURC (area under the risk-coverage curve; lower is better) in %."
-    table = f'<table role="table" class="scores">{head}</thead><tbody role="rowgroup">{body}</tbody></table>'
+    head = (
+        '<thead role="rowgroup"><tr role="row"><th scope="col"'
+        f' role="columnheader">Confidences</th>{heads}</tr>'
+    )
+    remark = (
+        "ECE, adaptive ECE, AUROC and AURC (area under the risk-coverage curve; lower is better)"
+        " in %."
+    )
+    table = (
+        f'<table role="table" class="scores">{head}</thead><tbody'
+        f' role="rowgroup">{body}</tbody></table>'
+    )
     return f"{table}<p><small>{remark}</small></p>"
 
 
@@ -179,4 +193,7 @@ def trust_words(calibration: Mapping[str, Any]) -> str:
         if predicted is not None:
             text += f" (it is {100 * predicted[truth]:.1f} %)"
         parts.append(text)
-    return f"Estimated without labels, from agreement with independent clusterings: {', '.join(parts)}."
+    return (
+        "Estimated without labels, from agreement with independent clusterings:"
+        f" {', '.join(parts)}."
+    )

@@ -43,10 +43,16 @@ LABELS = {**SHARES, "clusters_used": "Clusters in use", "seconds": "Time"}
 SCORES = ("acc", "nmi", "ari")
 LABEL_FREE = ("neighbor_agreement", "mean_confidence")
 REMARKS = {
-    "neighbor_agreement": "Agreement: neighbours in the first stage's features that share a cluster, above chance.",
-    "acc": "Labels were read for such scores alone: they took no part in training or in any choice.",
-    "tail_acc": "Macro: means over classes. Head, medium, tail: mean recall of the 30 % most "
-    "frequent classes of the training set, the next 40 % and the 30 % rarest.",
+    "neighbor_agreement": (
+        "Agreement: neighbours in the first stage's features that share a cluster, above chance."
+    ),
+    "acc": (
+        "Labels were read for such scores alone: they took no part in training or in any choice."
+    ),
+    "tail_acc": (
+        "Macro: means over classes. Head, medium, tail: mean recall of the 30 % most "
+        "frequent classes of the training set, the next 40 % and the 30 % rarest."
+    ),
 }
 """What stands below the results where they have a column of this figure."""
 
@@ -154,7 +160,10 @@ def _table(columns: Sequence[str], body: str) -> str:
     heads = "".join(
         f'<th scope="col" role="columnheader">{escape(figure_label(key))}</th>' for key in columns
     )
-    head = f'<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Method</th>{heads}</tr></thead>'
+    head = (
+        '<thead role="rowgroup"><tr role="row"><th scope="col"'
+        f' role="columnheader">Method</th>{heads}</tr></thead>'
+    )
     return f'<table role="table" class="scores">{head}{body}</table>'
 
 
@@ -175,7 +184,10 @@ def _group(title: str, rows: Sequence[Row], columns: Sequence[str], mark: str = 
     head = ""
     if title:
         # more columns than any table has: the title spans the whole row
-        head = f'<tr role="row" class="group"><th colspan="99" scope="rowgroup" role="rowheader">{title}</th></tr>'
+        head = (
+            '<tr role="row" class="group"><th colspan="99" scope="rowgroup"'
+            f' role="rowheader">{title}</th></tr>'
+        )
     body = "".join(_row(row, columns, mark) for row in rows)
     return f'<tbody role="rowgroup">{head}{body}</tbody>'
 

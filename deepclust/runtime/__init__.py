@@ -1,1 +1,2 @@
-"""What a process stands on: files and locks, checkpoints, ranks and devices, signals, compilation."""
+"""What a process stands on: files and locks, checkpoints, ranks and devices, signals,
+compilation."""

@@ -2,9 +2,10 @@
 
 ```
 <run folder>/checkpoints/
-  00-pretext/step-00000200/     number of the stage, its name; step = macro batches done in that stage
+  00-pretext/step-00000200/     number of the stage, its name; step = macro batches done
     model.pt optimizer.pt …     one file a part of the state, written by torch.save
-    manifest.json               written last: version, meta, SHA-256 and size of every part, SHA-256 of itself
+    manifest.json               written last: version, meta, SHA-256 and size of every part,
+                                  SHA-256 of itself
   01-scan/step-00000100-2/      the second one saved at the same step
   .tmp-…/                       unfinished; removed at the next start
 ```
@@ -233,7 +234,8 @@ def digest_state(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _Hashed:
-    """A file for writing that hashes what should reach the disk, and makes it durable on closing."""
+    """A file for writing that hashes what should reach the disk, and makes it durable on
+    closing."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed in __exit__
@@ -349,7 +351,8 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or type(value) in (str, int, float, bool):
         return value
     raise TypeError(
-        f"checkpoint state at {where} is a {type(value).__name__}; keep tensors and plain data there"
+        f"checkpoint state at {where} is a {type(value).__name__}; keep tensors and plain data"
+        " there"
     )
 
 

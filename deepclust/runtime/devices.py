@@ -30,13 +30,13 @@ def choose_device(name: str, key: str = "trainer.device=") -> torch.device:
         ) from None
     if device.type == "mps":
         raise UserError(
-            f"{key}{name} is not supported: sums and the buffers of several heads are float64, which Apple's MPS does "
-            "not have; use cpu, which auto is on a Mac"
+            f"{key}{name} is not supported: sums and the buffers of several heads are float64,"
+            " which Apple's MPS does not have; use cpu, which auto is on a Mac"
         )
     if device.type == "cuda" and device.index is not None and _ranks_of_this_node() > 1:
         raise UserError(
-            f"{key}{name} would put all {_ranks_of_this_node()} ranks of this machine on one GPU; use {key}cuda, which "
-            "gives each rank the GPU of its LOCAL_RANK"
+            f"{key}{name} would put all {_ranks_of_this_node()} ranks of this machine on one GPU;"
+            f" use {key}cuda, which gives each rank the GPU of its LOCAL_RANK"
         )
     try:
         if device.type == "cuda" and device.index is None:
@@ -91,9 +91,9 @@ def refuse_shared_gpu(store: Any, rank: int, size: int, device: torch.device) ->
     for address, together in ranks.items():
         if address and len(together) > 1:
             raise UserError(
-                f"ranks {', '.join(map(str, together))} are on one GPU ({address}): each needs its own. Start as many "
-                "processes per machine as it has GPUs (torchrun --nproc-per-node, with LOCAL_RANK set), or use "
-                "trainer.device=cpu"
+                f"ranks {', '.join(map(str, together))} are on one GPU ({address}): each needs its"
+                " own. Start as many processes per machine as it has GPUs (torchrun"
+                " --nproc-per-node, with LOCAL_RANK set), or use trainer.device=cpu"
             )
 
 

@@ -47,10 +47,12 @@ class Estimates:
         if self.told is not None:
             what = f"{self.stage}: {name}" if self.stage else name
             self.told(
-                f"{what} is missing: {reason}. The run goes on without; {TRACEBACK}=1 shows where it failed"
+                f"{what} is missing: {reason}. The run goes on without; {TRACEBACK}=1 shows where"
+                " it failed"
             )
 
 
 def ends_the_run(error: Exception) -> bool:
-    """Whether an error is none of an estimate: one that the user can mend, or a disk that is full."""
+    """Whether an error is none of an estimate: one that the user can mend, or a disk that is
+    full."""
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in FULL)

@@ -50,12 +50,14 @@ def choose_path(root: str | Path, name: str, directory: str | Path | None = None
     if directory is not None:
         if "\0" in str(directory) or not str(directory).strip():
             raise FolderError(
-                f"run.dir={str(directory)!r} is not a path. Give a folder, e.g. run.dir=outputs/mine."
+                f"run.dir={str(directory)!r} is not a path. Give a folder, e.g."
+                " run.dir=outputs/mine."
             )
         return Path(directory).expanduser()
     if not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..") or name != name.strip():
         raise FolderError(
-            f"run.name={name!r} must be a plain name without '/', e.g. run.name=my-run; run.dir chooses the place."
+            f"run.name={name!r} must be a plain name without '/', e.g. run.name=my-run; run.dir"
+            " chooses the place."
         )
     if len(name.encode(errors="surrogateescape")) > 200:
         raise FolderError(
@@ -75,7 +77,8 @@ def inside(folder: Path, name: str) -> Path:
         or path.is_symlink()
     ):
         raise FolderError(
-            f"{path} leads outside of the run folder (a link?). Remove it, or choose another run.dir."
+            f"{path} leads outside of the run folder (a link?). Remove it, or choose another"
+            " run.dir."
         )
     return path
 
@@ -111,10 +114,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def explain(error: BaseException, option: str = "run.dir=…") -> str:
-    """An operating system's error in a few words, and the fix. option: what chooses another place."""
+    """An operating system's error in a few words, and the fix. option: what chooses another
+    place."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full. Free some space or choose another place with {option}; the same command then goes on."
+        return (
+            f"the disk is full. Free some space or choose another place with {option}; the same"
+            " command then goes on."
+        )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write there. Choose another place with {option}"
     if number == errno.ENAMETOOLONG:
@@ -139,7 +146,8 @@ def take_lock(path: Path, option: str = "run.dir=") -> IO[str] | None:
     resolved, choose = path.resolve(), option.strip(" =")
     if resolved in _held:
         raise FolderError(
-            f"{option}{path} is in use by another run of this process. Finish that one or choose another {choose}."
+            f"{option}{path} is in use by another run of this process. Finish that one or choose"
+            f" another {choose}."
         )
     file = open(inside(path, LOCK), "a+")  # noqa: SIM115 - stays open as long as the run
     try:
@@ -152,7 +160,8 @@ def take_lock(path: Path, option: str = "run.dir=") -> IO[str] | None:
         if not isinstance(error, BlockingIOError | PermissionError):
             raise
         raise FolderError(
-            f"{option}{path} is in use by {owner}. Wait for it, stop it, or choose another {choose}."
+            f"{option}{path} is in use by {owner}. Wait for it, stop it, or choose another"
+            f" {choose}."
         ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -49,7 +49,8 @@ def read_arrays(
         raise Unreadable("is not there") from None
     except Unreadable:
         raise
-    except Exception as error:  # OSError, ValueError, KeyError, EOFError, BadZipFile, zlib's, struct's, MemoryError …
+    # OSError, ValueError, KeyError, EOFError, BadZipFile, zlib's, struct's, MemoryError …
+    except Exception as error:
         raise Unreadable(_why(error)) from error
 
 

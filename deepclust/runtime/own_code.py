@@ -119,7 +119,8 @@ def recorded_code(name: str, digest: Any, trust: Sequence[str] = ()) -> Code:
     code = read_code(name)
     if code.digest != digest:
         raise UserError(
-            f"{file}, which made these features, was changed since; --backbone {shown} runs it as is"
+            f"{file}, which made these features, was changed since; --backbone {shown} runs it"
+            " as is"
         )
     trusted = code.path in [os.path.abspath(os.path.expanduser(each)) for each in trust]
     if not trusted and not code.remembered:

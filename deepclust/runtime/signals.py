@@ -86,7 +86,8 @@ class StopRequest:
                 # re-entrant.
                 os.write(
                     2,
-                    b"\nStopping: the run is being saved. Press Ctrl-C again to leave without saving.\n",
+                    b"\nStopping: the run is being saved. Press Ctrl-C again to leave without"
+                    b" saving.\n",
                 )
         if self._raises:
             raise StopRequested(self.reason)

@@ -78,7 +78,7 @@ class LARS(torch.optim.SGD):
 
     With t = `trust`, d = `weight_decay` and norms over a whole tensor p with gradient g:
 
-        g <- (g + d p) t |p| / (|g| + d |p| + 1e-8)    where |p| > 0 and |g| > 0, else g stays as it is, without decay;
+        g <- (g + d p) t |p| / (|g| + d |p| + 1e-8)    where |p|, |g| > 0, else g, without decay;
 
     then SGD's momentum, and a step of `lr`. The paper has the rate inside the momentum; here, as in
     SwAV, outside. A group whose `trust` is None is plain SGD with L2 decay.

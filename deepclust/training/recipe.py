@@ -233,9 +233,10 @@ def _fit(run: Run, stage: Stage, trainer: Trainer, save: Any) -> None:
         if "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            f"stages.{stage.name}.trainer: a micro batch of one image has no batch statistics; use at least two images "
-            f"per process and micro batch (batch_size={stage.trainer.batch_size}, micro_batches="
-            f"{stage.trainer.micro_batches}, {run.world.size} process(es), {len(trainer.images)} images)"
+            f"stages.{stage.name}.trainer: a micro batch of one image has no batch statistics; use"
+            " at least two images per process and micro batch"
+            f" (batch_size={stage.trainer.batch_size}, micro_batches={stage.trainer.micro_batches},"
+            f" {run.world.size} process(es), {len(trainer.images)} images)"
         ) from error
 
 
@@ -421,13 +422,17 @@ def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) 
         {"name": config.name(), "folder": str(run.folder.path), "config": config.tree}
     )
     what = "feature vectors" if images.is_features else "images"
-    kind = f"{what} {'without labels' if images.classes is None else '(labels are read by the evaluation alone)'}"
+    labels = "(labels are read by the evaluation alone)"
+    if images.classes is None:
+        labels = "without labels"
+    kind = f"{what} {labels}"
     shape = f"{images.channels} x {images.size[0]} x {images.size[1]}"
     run.tell(f"{len(images)} {kind}, {shape}; {run.num_clusters} clusters")
     dtype = autocast_dtype(next(iter(config.stages.values())).trainer.precision, run.world.device)
     precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     run.tell(
-        f"{run.world.device}, {precision}, {torch.get_num_threads()} threads, {run.world.size} process(es)"
+        f"{run.world.device}, {precision}, {torch.get_num_threads()} threads, {run.world.size}"
+        " process(es)"
     )
     for line in notes:
         run.tell(line, "warning")
@@ -445,8 +450,9 @@ def _introduce(run: Run, found: checkpoint.Checkpoint | None, notes: list[str]) 
         run.tell(f"Going on from step {found.meta['step']} of the stage {found.meta['stage']}.")
         if found.meta["ranks"] != run.world.size:
             run.tell(
-                f"It was saved by {found.meta['ranks']} process(es) and goes on with {run.world.size}: the order of "
-                "images and their views stay the same, sums are rounded differently and dropout draws anew.",
+                f"It was saved by {found.meta['ranks']} process(es) and goes on with"
+                f" {run.world.size}: the order of images and their views stay the same, sums are"
+                " rounded differently and dropout draws anew.",
                 "warning",
             )
 

@@ -472,12 +472,17 @@ def write_page(
         ),
         (
             "and from Python",
-            f'from deepclust import Clusterer\n\nclusters = Clusterer.load("{model}").predict(images)',
+            (
+                "from deepclust import Clusterer\n\nclusters ="
+                f' Clusterer.load("{model}").predict(images)'
+            ),
         ),
     ]
     write_report(
         folder.path / "report.html",
-        title=f"{data.name}: {summary['num_clusters']} clusters of {summary['num_images']:,} images",
+        title=(
+            f"{data.name}: {summary['num_clusters']} clusters of {summary['num_images']:,} images"
+        ),
         summary=summary,
         galleries=galleries,
         curves=metric_curves(read_metrics(folder.path / "metrics.jsonl")),

@@ -50,7 +50,8 @@ def nothing_to_do(config: RunConfig, folder: RunFolder, world: World, fingerprin
 
 
 def _recorded(checkpoints: Path) -> str | None:
-    """The configuration that the newest readable checkpoint was saved with; None where none tells."""
+    """The configuration that the newest readable checkpoint was saved with; None where none
+    tells."""
     for path in reversed(checkpoint.listing(checkpoints)):
         try:
             return checkpoint.manifest(path)["meta"].get("config")
@@ -61,8 +62,9 @@ def _recorded(checkpoints: Path) -> str | None:
 
 def _unknown_settings(folder: RunFolder) -> str:
     return (
-        f"run.dir={folder.path} holds a run whose config.yaml is gone, and its checkpoints do not tell with which "
-        "settings it was trained. Bring config.yaml back, start over there with run.new=true, or choose run.name=NAME"
+        f"run.dir={folder.path} holds a run whose config.yaml is gone, and its checkpoints do not"
+        " tell with which settings it was trained. Bring config.yaml back, start over there with"
+        " run.new=true, or choose run.name=NAME"
     )
 
 
@@ -88,7 +90,10 @@ def _other_images(folder: RunFolder, fingerprint: str) -> str:
 
 
 def _changed_images(path: Path) -> str:
-    return f"the images are not those that {path} was trained on; bring them back, or start over with run.new=true"
+    return (
+        f"the images are not those that {path} was trained on; bring them back, or start over with"
+        " run.new=true"
+    )
 
 
 def newest(
@@ -165,7 +170,8 @@ def number_of_clusters(config: RunConfig, data: ImageData) -> int:
     num = config.num_clusters or data.num_classes
     if num is None:
         raise UserError(
-            f"num_clusters is needed: {data.name} has no labels to count. Say num_clusters=10, for example"
+            f"num_clusters is needed: {data.name} has no labels to count. Say num_clusters=10, for"
+            " example"
         )
     if num > len(data.train):
         most = f"the {len(data.train)} images of {data.name}"
@@ -185,7 +191,8 @@ def check_extra_images(config: RunConfig, data: ImageData) -> None:
             else "say data.extra=true"
         )
         raise UserError(
-            f"stages.{wanting[0]}.trainer.extra_images=true: {data.name} holds no extra images; {advice}"
+            f"stages.{wanting[0]}.trainer.extra_images=true: {data.name} holds no extra images;"
+            f" {advice}"
         )
     if data.extra is not None and not wanting:
         place = f"stages.{next(iter(config.stages))}.trainer.extra_images=true"

@@ -1,4 +1,5 @@
-"""What moves weights: gradients summed over ranks, the optimiser's step, the teacher that follows."""
+"""What moves weights: gradients summed over ranks, the optimiser's step, the teacher that
+follows."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Stepper:
         if network.head.teacher_decay is not None and settings.ema_mode == "reference":
             name = type(network.head).__name__
             raise UserError(
-                f"trainer.ema_mode=reference: {name} needs targets from a teacher; use ema_mode=teacher"
+                f"trainer.ema_mode=reference: {name} needs targets from a teacher; use"
+                " ema_mode=teacher"
             )
 
     def start_teacher(self) -> None:

@@ -318,7 +318,8 @@ class Trainer:
 
     @torch.no_grad()
     def bank(self, spec: BankSpec) -> Bank:
-        """Features of this rank's block of samples as `spec` asks, by the teacher if there is one."""
+        """Features of this rank's block of samples as `spec` asks, by the teacher if there is
+        one."""
         group = self.world.group
         final = self.step >= self.last_step
         if not spec.needs_pass:
@@ -405,7 +406,8 @@ class Trainer:
             engine = "device" if in_memory else "workers"
         if engine == "device" and not in_memory:
             raise UserError(
-                "trainer.views=device needs the images in memory; use workers, or raise data.memory_mb"
+                "trainer.views=device needs the images in memory; use workers, or raise"
+                " data.memory_mb"
             )
         return Loader(
             self.images,

@@ -30,5 +30,6 @@ class RandomOps(Op):
             # after normalisation, when all drawn operations are done
             if isinstance(op, Erase | RandomOps) or op.out_size(_SIZE, _TARGET) != _SIZE:
                 raise ValueError(
-                    f"ops: {type(op).__name__} cannot be drawn; give operations that keep the image's size"
+                    f"ops: {type(op).__name__} cannot be drawn; give operations that keep the"
+                    " image's size"
                 )

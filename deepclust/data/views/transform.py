@@ -75,7 +75,8 @@ class ViewTransform:
         # False sorts before True: any other order has an operation behind one that paints
         if painting != sorted(painting):
             raise UserError(
-                f"{where}: cutout and random_erasing paint over the finished view; put them at the end"
+                f"{where}: cutout and random_erasing paint over the finished view; put them at"
+                " the end"
             )
         self.groups = _group(self.planned)
         # (x - mean) / std as one product and one sum

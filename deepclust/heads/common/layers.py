@@ -37,7 +37,8 @@ def enough_images(key: str, num_clusters: int, num_samples: int) -> None:
     """Raises UserError, naming the head's key, where there are more clusters than images."""
     if num_clusters > num_samples:
         raise UserError(
-            f"head.{key}={num_clusters} is more than the {num_samples} images; give at most as many, at best a tenth"
+            f"head.{key}={num_clusters} is more than the {num_samples} images; give at most as"
+            " many, at best a tenth"
         )
 
 

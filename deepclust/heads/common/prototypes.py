@@ -116,7 +116,8 @@ class PrototypeHead(Head):
         )
         if not sizes:
             raise ValueError(
-                "num_prototypes=[]: give at least one number, or null for 3 and 10 times num_clusters"
+                "num_prototypes=[]: give at least one number, or null for 3 and 10 times"
+                " num_clusters"
             )
         self.num_heads = len(sizes)
         self.embedding_dim = embedding_dim
@@ -148,8 +149,9 @@ class PrototypeHead(Head):
         num_samples = progress.num_images // max(1, progress.num_epochs)
         if progress.step == 0 and max(self.prototypes.sizes) > num_samples:
             raise UserError(
-                f"head.num_prototypes={self.prototypes.sizes}: there are but {num_samples} images; a set of prototypes "
-                f"needs at least as many images, better many times more: give smaller ones, as in [{self.num_clusters}]"
+                f"head.num_prototypes={self.prototypes.sizes}: there are but {num_samples} images;"
+                " a set of prototypes needs at least as many images, better many times more: give"
+                f" smaller ones, as in [{self.num_clusters}]"
             )
         grouped = any(size > self.num_clusters for size in self.prototypes.sizes)
         return BankSpec() if progress.final and grouped else None

@@ -134,7 +134,8 @@ def backend_for(name: str, device: torch.device) -> Backend:
         raise ValueError(f"backend={name!r}: works on the processor, the rows are on {device}")
     if name == "faiss" and not has_faiss:
         raise ValueError(
-            "backend='faiss': faiss is not installed; `pip install faiss-cpu`, or choose another backend"
+            "backend='faiss': faiss is not installed; `pip install faiss-cpu`, or choose another"
+            " backend"
         )
     return BACKENDS[name]
 

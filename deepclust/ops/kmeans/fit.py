@@ -100,7 +100,8 @@ def kmeans(
     if getattr(x, "ndim", 2) > 2:
         if group is not None:
             raise ValueError(
-                f"x: a batch of problems, {tuple(x.shape)}, cannot be spread over ranks; give one at a time"
+                f"x: a batch of problems, {tuple(x.shape)}, cannot be spread over ranks; give one"
+                " at a time"
             )
         return _batch(x, num_clusters, init, spherical, sample_weights, seed, settings)
     rows = Rows(x, Ranks(group), weights=sample_weights, spherical=spherical)
@@ -197,7 +198,8 @@ def _check(rows: Rows, num_clusters: int, init: Any, settings: Settings) -> str 
     only_assign = settings.num_iters == 0 and not isinstance(init, str)
     if not 1 <= num_clusters <= rows.total and not only_assign:
         raise ValueError(
-            f"num_clusters={num_clusters}: must be at least 1 and at most the number of rows, {rows.total}"
+            f"num_clusters={num_clusters}: must be at least 1 and at most the number of rows,"
+            f" {rows.total}"
         )
     if settings.num_iters < 0 or settings.num_restarts < 1 or not settings.tol >= 0:
         raise ValueError(

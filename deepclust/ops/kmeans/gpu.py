@@ -66,7 +66,8 @@ def gpu_backend(name: str, device: torch.device, plain: Backend) -> Backend:
     if name in PRECISIONS:
         if find_spec("triton") is None:
             raise ValueError(
-                f"backend={name!r}: triton is not installed; `pip install triton`, or take backend='torch'"
+                f"backend={name!r}: triton is not installed; `pip install triton`, or take"
+                " backend='torch'"
             )
         if not has_triton(device):
             raise _wrong_device(name, device)
@@ -78,7 +79,8 @@ def gpu_backend(name: str, device: torch.device, plain: Backend) -> Backend:
 
         if not hasattr(faiss, "StandardGpuResources"):
             raise ValueError(
-                "backend='faiss': this faiss works on the processor only; install faiss-gpu, or take 'auto'"
+                "backend='faiss': this faiss works on the processor only; install faiss-gpu, or"
+                " take 'auto'"
             )
         return by_faiss_gpu
     if not flash_package():

@@ -58,7 +58,8 @@ def hierarchical_kmeans(
     """
     if not num_clusters or any(above >= below for below, above in pairwise(num_clusters)):
         raise ValueError(
-            f"num_clusters={list(num_clusters)}: must hold at least one number and fall from level to level"
+            f"num_clusters={list(num_clusters)}: must hold at least one number and fall from level"
+            " to level"
         )
     levels: list[KMeansResult] = []
     rows = x

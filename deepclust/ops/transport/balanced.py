@@ -13,7 +13,9 @@ from deepclust.ops.transport import pot
 from deepclust.ops.transport.shared import exp_, refuse_not_finite
 
 CHUNK_BYTES = 8_388_608  # of rows worked on at a time on a CPU: they stay in the last-level cache
-LOG_ZERO = -64.0  # kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times slower
+# kernel entries are at least exp(-64) of their row's largest: denormals make a CPU ten times
+# slower
+LOG_ZERO = -64.0
 SMALL = 40.0  # |scores| / epsilon up to here need no shift
 MAX_RANGE = (
     1e16  # of the cluster scales: up to here that bound changes no code by more than K * 2e-12
@@ -48,7 +50,8 @@ def sinkhorn(
     """
     if scores.ndim != 2 or epsilon <= 0 or num_iters < 1:
         raise ValueError(
-            f"sinkhorn: scores {tuple(scores.shape)} must be (B, K), epsilon {epsilon} > 0, num_iters {num_iters} >= 1"
+            f"sinkhorn: scores {tuple(scores.shape)} must be (B, K), epsilon {epsilon} > 0,"
+            f" num_iters {num_iters} >= 1"
         )
     pot.check_backend(backend, group)
     scores = plain(scores)
@@ -75,7 +78,8 @@ def _marginal(column_marginal: Tensor | None, scores: Tensor) -> Tensor:
         (marginal >= 0).all() & marginal.isfinite().all() & marginal.any()
     ):
         raise ValueError(
-            f"column_marginal {marginal.tolist()} must be {clusters} non-negative finite shares, not all zero"
+            f"column_marginal {marginal.tolist()} must be {clusters} non-negative finite shares,"
+            " not all zero"
         )
     return marginal / marginal.sum()
 
@@ -141,7 +145,8 @@ def _first_sums(
 def _log_domain(
     scores: Tensor, epsilon: float, num_iters: int, marginal: Tensor, group: Any
 ) -> Tensor:
-    """The same rounds on logarithms in float64: right for any finite scores, several times slower."""
+    """The same rounds on logarithms in float64: right for any finite scores, several times
+    slower."""
     # the bounds keep differences finite where scores / epsilon would overflow
     log_kernel = (wide(scores) / epsilon).clamp_(-1e30, 1e30)
     log_marginal = wide(marginal).log()

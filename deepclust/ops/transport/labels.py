@@ -108,10 +108,12 @@ def _by_pot(
     max_iters: int,
     stop: str,
 ) -> Balance:
-    """POT's scales; the samples' scales and the violation are then those of one round of our own."""
+    """POT's scales; the samples' scales and the violation are then those of one round of our
+    own."""
     if not isinstance(log_probs, Tensor) or stop != "marginal":
         raise ValueError(
-            f"backend 'pot' takes a tensor and stop='marginal', not {type(log_probs).__name__}, {stop!r}"
+            f"backend 'pot' takes a tensor and stop='marginal', not {type(log_probs).__name__},"
+            f" {stop!r}"
         )
     target = log_target.exp().to(kernel.log_rows)
     _, log_scale = pot.hard_columns(wide(log_probs), target, 1.0 / power, tol, max_iters)

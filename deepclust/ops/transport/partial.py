@@ -137,7 +137,8 @@ def solve(
 def _start(warm_start: Tensor, clusters: int) -> Tensor:
     if warm_start.shape != (clusters + 1,) or not bool(warm_start.isfinite().all()):
         raise ValueError(
-            f"warm_start {tuple(warm_start.shape)} must be a finite log_cluster_scale ({clusters + 1},)"
+            f"warm_start {tuple(warm_start.shape)} must be a finite log_cluster_scale"
+            f" ({clusters + 1},)"
         )
     return warm_start[:clusters].detach().cpu().double()
 

@@ -88,8 +88,8 @@ def partial(
     if kl_weight != math.inf:
         if mass < 1:
             raise ValueError(
-                f"backend 'pot' cannot solve mass={mass} with kl_weight={kl_weight}: its columns give way all or none; "
-                "use the default backend, mass=1 or kl_weight=inf"
+                f"backend 'pot' cannot solve mass={mass} with kl_weight={kl_weight}: its columns"
+                " give way all or none; use the default backend, mass=1 or kl_weight=inf"
             )
         return soft_columns(benefit, kl_weight, epsilon, tol, max_iters)
     clusters = benefit.shape[1]

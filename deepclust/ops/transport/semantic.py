@@ -17,7 +17,8 @@ from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.partial import TransportResult, check_settings, result, solve
 from deepclust.ops.transport.scaling import Kernel, chunk_rows
 
-SOLVER_ERROR = 10.0  # an entry of the plan may be off by that many times `tol`: no finer stop can be told from it
+# an entry of the plan may be off by that many times `tol`: no finer stop can be told from it
+SOLVER_ERROR = 10.0
 
 
 @exact
