@@ -31,7 +31,7 @@ class SP2OT(P2OT):
     shrinks like one over them (the reference does not scale it, and with fewer rows collapses to one cluster).
     similarity_decay: times 1 - mass, as in the reference, so that the graph guides the start and lets go at the end.
     max_linearisations: of the new term for one labelling, which ends when its plan stands still. The limit is there
-    for safety alone: digits and Fashion-MNIST take 3 to 140. The reference has 100, and stops when the objective does.
+    for safety alone: digits and Fashion-MNIST take 3 to 530. The reference has 100, and stops when the objective does.
     """
 
     training_buffers = (*P2OT.training_buffers, "neighbors", "similarity")
