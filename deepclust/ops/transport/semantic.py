@@ -33,7 +33,7 @@ def semantic_partial_transport(
     tol: float = 1e-6,
     plan_tol: float = 1e-4,
     max_iters: int = 1000,
-    max_linearisations: int = 1000,
+    max_linearisations: int = 5000,
     warm_start: Tensor | None = None,
     group: Any = None,
 ) -> TransportResult:
