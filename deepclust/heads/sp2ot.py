@@ -31,7 +31,7 @@ class SP2OT(P2OT):
     shrinks like one over them (the reference does not scale it, and with fewer rows collapses to one cluster).
     similarity_decay: times 1 - mass, as in the reference, so that the graph guides the start and lets go at the end.
     max_linearisations: of the new term for one labelling, which ends when its plan stands still. The limit is there
-    for safety alone: digits and Fashion-MNIST take 3 to 140. The reference has 100, and stops when the objective does.
+    for safety alone: digits and Fashion-MNIST take 3 to 870. The reference has 100, and stops when the objective does.
     """
 
     training_buffers = (*P2OT.training_buffers, "neighbors", "similarity")
@@ -49,7 +49,7 @@ class SP2OT(P2OT):
         bandwidth: Positive = 2.0,
         similarity_weight: NonNegative = 1000.0,
         similarity_decay: bool = True,
-        max_linearisations: Count = 1000,
+        max_linearisations: Count = 5000,
         kl_weight: Weight = 1.0,
         epsilon: Positive = 0.1,
         mass_start: Share = 0.1,
