@@ -34,9 +34,8 @@ class SP2OT(P2OT):
     similarity_decay: times 1 - mass, as in the reference, so that the graph guides the start and
     lets go at the end.
     max_linearisations: of the new term for one labelling, which ends when its plan stands still.
-    The limit is there
-    for safety alone: digits and Fashion-MNIST take 3 to 140. The reference has 100, and stops when
-    the objective does.
+    The limit is there for safety alone: digits and Fashion-MNIST take 3 to 870. The reference has
+    100, and stops when the objective does.
     """
 
     training_buffers = (*P2OT.training_buffers, "neighbors", "similarity")
@@ -53,7 +52,7 @@ class SP2OT(P2OT):
         bandwidth: Positive = 2.0,
         similarity_weight: NonNegative = 1000.0,
         similarity_decay: bool = True,
-        max_linearisations: Count = 1000,
+        max_linearisations: Count = 5000,
         **inherited: Any,
     ) -> None:
         super().__init__(dim, num_clusters, num_samples, **inherited)

@@ -496,7 +496,10 @@ def test_conf_is_found_inside_the_package_as_in_a_wheel(tmp_path):
         CHECKOUT / "deepclust", tmp_path / "deepclust", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copytree(conf_folder(), tmp_path / "deepclust/conf", dirs_exist_ok=True)
-    code = "from deepclust import compose, config; print(config.load([]).name(), compose.conf_folder())"
+    code = (
+        "from deepclust.config.compose import conf_folder; from deepclust.config.load import load;"
+        " print(load([]).name(), conf_folder())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

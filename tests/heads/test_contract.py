@@ -180,15 +180,17 @@ def test_a_head_knows_nothing_of_the_house_above_it(name):
         "config",
         "loggers",
         "data",
-        "checkpoint",
-        "optim",
+        "runtime",
+        "training",
         "model",
-        "results",
+        "clustering",
+        "collection",
+        "features",
+        "predict",
         "report",
         "eval",
     }
-    for path in Path(deepclust.heads.__file__).parent.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 200 or path.name == "base.py", path
+    for path in Path(deepclust.heads.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deepclust."):
                 assert node.module.split(".")[1] not in above, f"{path}: {node.module}"

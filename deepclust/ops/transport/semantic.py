@@ -17,8 +17,10 @@ from deepclust.ops.precision import exact, plain, wide
 from deepclust.ops.transport.partial import TransportResult, check_settings, result, solve
 from deepclust.ops.transport.scaling import Kernel, chunk_rows
 
-# an entry of the plan may be off by that many times `tol`: no finer stop can be told from it
-SOLVER_ERROR = 10.0
+SHARPER = 0.01
+"""What the solver may leave open, of the plan's last change: tangents of Fashion-MNIST amplified it
+eightyfold.
+"""
 
 
 @exact
@@ -33,7 +35,7 @@ def semantic_partial_transport(
     tol: float = 1e-6,
     plan_tol: float = 1e-4,
     max_iters: int = 1000,
-    max_linearisations: int = 1000,
+    max_linearisations: int = 5000,
     warm_start: Tensor | None = None,
     group: Any = None,
 ) -> TransportResult:
@@ -44,7 +46,7 @@ def semantic_partial_transport(
     whole way where the term is concave along it, else as far as lowers the objective. So the
     objective never rises, whatever S is. It ends at a stationary
     point, of which there may be several: when the whole step would change no entry of N * Q by more
-    than `plan_tol`, or than 10 * `tol` where that is larger, for the solver itself is no closer. Q
+    than `plan_tol`. `tol` is the solver's at first; it becomes smaller as the plan comes to rest. Q
     sums to `mass`, so the term shrinks like 1 / N: scale the weight with N.
 
     logits: (N, K) as in `partial_transport`. similarity: (N, N), dense or sparse, any values, need
@@ -67,16 +69,16 @@ def semantic_partial_transport(
         )
     similarity = wide(similarity)
     products = _by_rows(similarity), _by_rows(similarity.transpose(0, 1))
-    close = max(plan_tol, SOLVER_ERROR * tol)
     plan = torch.full_like(benefit, mass / benefit.shape[1])
     pull = _pull(products, plan, sizes, group)
-    rounds = 0
+    change, rounds = 1.0, 0
     for _ in range(max_linearisations):
         tilted = benefit + similarity_weight * pull
         kernel = Kernel(
             partial(tilted.split, chunk_rows(tilted.shape[1], tilted.device)), True, group, "logits"
         )
-        solution = solve(kernel, mass, kl_weight, epsilon, tol, max_iters, warm_start)
+        accuracy = min(tol, SHARPER * change)
+        solution = solve(kernel, mass, kl_weight, epsilon, accuracy, max_iters, warm_start)
         found = result(kernel, solution, mass, benefit)
         rounds += found.num_iters
         warm_start = found.log_cluster_scale
@@ -89,7 +91,7 @@ def semantic_partial_transport(
         length = _step_length(plan, found.plan, bend, mass, kl_weight, epsilon, sum(sizes), group)
         plan += length * step
         pull += length * turn
-        if change <= close:
+        if change <= plan_tol:
             break
     return replace(found, plan=plan.to(logits.dtype), num_iters=rounds, change=change)
 
@@ -146,6 +148,7 @@ def _step_length(
     fall, above, columns = all_sum(own / total, group).split([1, 1, 2 * plan.shape[1]])
     if kl_weight != math.inf:
         fall = fall + kl_weight * _divergence(*columns.chunk(2))
+    fall = fall.clamp_min(0)  # but for rounding it is
     return float(fall / (fall + above)) if float(above) > 0 else 1.0
 
 

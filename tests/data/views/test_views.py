@@ -24,7 +24,9 @@ from deepclust.errors import UserError
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "augment"
 SETS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "features")
-IMAGE_OPS = sorted(name for name, target in op_targets().items() if "view_features" not in target)
+IMAGE_OPS = sorted(
+    name for name, target in op_targets().items() if ".views.features." not in target
+)
 BILINEAR = T.InterpolationMode.BILINEAR
 
 
