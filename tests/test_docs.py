@@ -203,6 +203,9 @@ def check_positions(words: list[str]) -> None:
 
 def check_script(words: list[str]) -> None:
     script = ROOT / words[0]
+    if words[0] == "-m":
+        script = ROOT / f"{words[1].replace('.', '/')}.py"
+        words = words[1:]
     assert script.is_file(), words
     text = "".join(file.read_text() for file in script.parent.glob("*.py"))
     for word in words[1:]:

@@ -90,7 +90,7 @@ class Folder:
 def folder(
     tmp_path: Path, make_folder: Callable[[Iterable[str]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Folder:
-    for module in ("data.store", "data.store_writer", "extract"):
+    for module in ("data.store", "data.store_writer", "features.extract"):
         monkeypatch.setattr(f"deepclust.{module}.BLOCK", 16)
     (tmp_path / "nets.py").write_text(NETS)
     photos = make_folder(PATHS)

@@ -76,15 +76,15 @@ def test_what_is_no_matter_of_an_estimate_passes(error: BaseException):
 # --- a run of training ------------------------------------------------------------------------
 
 SCORES = {
-    "silhouette": ("results.silhouette", ["silhouette"]),
-    "agreement": ("results.neighbor_agreement", ["neighbor_agreement"]),
-    "neighbours": ("results.neighbor_graph", ["neighbor_agreement"]),
-    "churn": ("results.churn", ["churn"]),
-    "opinions": ("results.ask", ["calibration"]),
-    "calibration": ("results.trust", ["calibration"]),
-    "knn_probe": ("results.knn_probe", ["knn_probe"]),
-    "linear_probe": ("results.linear_probe", ["linear_probe"]),
-    "classes": ("results.clustering_scores", ["acc", "nmi", "ari"]),
+    "silhouette": ("training.results.silhouette", ["silhouette"]),
+    "agreement": ("training.results.neighbor_agreement", ["neighbor_agreement"]),
+    "neighbours": ("training.results.neighbor_graph", ["neighbor_agreement"]),
+    "churn": ("training.results.churn", ["churn"]),
+    "opinions": ("training.results.reference_clusterings", ["calibration"]),
+    "calibration": ("training.results.confidence_report", ["calibration"]),
+    "knn_probe": ("training.results.knn_probe", ["knn_probe"]),
+    "linear_probe": ("training.results.linear_probe", ["linear_probe"]),
+    "classes": ("training.results.clustering_scores", ["acc", "nmi", "ari"]),
 }
 
 
@@ -160,12 +160,12 @@ def lines() -> list[dict[str, str]]:
 
 
 FOLDER = {
-    "near-duplicates": "folder.derived.near_duplicates",
-    "map": "folder.derived.embed",
-    "outliers": "folder.derived.Derived._outliers",
-    "number": "folder.find.estimate_num_clusters",
-    "confidence": "folder.find.trust_in",
-    "criteria": "folder.find.criteria",
+    "near-duplicates": "collection.derived.near_duplicates",
+    "map": "collection.derived.embed",
+    "outliers": "collection.derived.Derived._outliers",
+    "number": "collection.find.estimate_num_clusters",
+    "confidence": "collection.find.trust_in",
+    "criteria": "collection.find.criteria",
 }
 
 
