@@ -10,14 +10,17 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from deepclust.cli.doctor import Finding
 from deepclust.ops.kmeans import gpu
 from deepclust.ops.kmeans.assign import Assign, backend_for, bias_of, rows_at_a_time
 from deepclust.ops.kmeans.step import segment_sums
+
+if TYPE_CHECKING:
+    from deepclust.cli.doctor import Finding
 
 SHAPES = (
     (50_000, 128, 100),
