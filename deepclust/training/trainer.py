@@ -155,7 +155,7 @@ class Trainer:
         self.meter.start()
         while self.step < self.last_step:
             progress = self.progress()
-            refreshed = self._refresh(progress)  # may change order and partners,
+            refreshed = self.refresh(progress)  # may change order and partners,
             if refreshed or self._starts_pass() or batches is None:
                 batches = self.batches()  # so batches that were made ahead are thrown away
             sums, rows = self.train_step(next(batches), progress)
@@ -165,7 +165,7 @@ class Trainer:
             self._save_or_stop()
         if self.step == self.last_step:
             # Heads that group prototypes or read clusters from features do so on the final network.
-            self._refresh(self.progress())
+            self.refresh(self.progress())
         self._choose_sub_head()
 
     def train_step(self, batch: ViewBatch, progress: Progress) -> tuple[dict[str, Tensor], int]:
@@ -293,7 +293,7 @@ class Trainer:
                 self.head.init_prototypes(self.bank(BankSpec()))
         self.stepper.start_teacher()
 
-    def _refresh(self, progress: Progress) -> bool:
+    def refresh(self, progress: Progress) -> bool:
         """Gives the head the bank it wants and applies what it asks for; False if none is due.
 
         A stop inside leaves the state before: whoever resumes does the whole refresh again.

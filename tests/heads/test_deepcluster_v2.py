@@ -130,7 +130,7 @@ def test_prototypes_are_centroids_and_are_never_learnt():
     model = head()
     run = trainer(model, optim=OptimSettings(name="sgd", lr=0.1, weight_decay=0.1), ema=0.5)
     run.prepare()
-    run._refresh(run.progress())
+    run.refresh(run.progress())
     before = [each.detach().clone() for each in model.prototypes.sets]
     batches = run.batches()
     for _ in range(3):

@@ -72,7 +72,7 @@ def one_step(world: World, name: str, micro: int) -> dict[str, torch.Tensor]:
     )
     before = {key: value.clone() for key, value in trainer.network.named_parameters()}
     trainer.prepare()
-    trainer._refresh(trainer.progress())
+    trainer.refresh(trainer.progress())
     trainer.train_step(next(trainer.batches()), trainer.progress())
     moved = {key: before[key] - value.detach() for key, value in trainer.network.named_parameters()}
     features, rows = trainer.features()
