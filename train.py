@@ -10,6 +10,6 @@ Go on where it stopped: the same command again; run.new=true starts over
 
 import sys
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 
 sys.exit(main(["train", *sys.argv[1:]]))

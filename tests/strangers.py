@@ -72,7 +72,7 @@ def _nodes(folder: Path) -> dict[str, dict[str, Any]]:
             "name": "os:getcwd",
             "option": "",
         },
-        "command": {"_target_": "deepclust.cli.main", "arguments": ["--help"]},
+        "command": {"_target_": "deepclust.cli.entry.main", "arguments": ["--help"]},
         "module": {"_target_": "torch.jit.load", "f": evil},
         "optimizer": {"_target_": "torch.optim.SGD", "params": []},
         "factory": {

@@ -16,8 +16,8 @@ import torch
 import yaml
 from scipy.stats import entropy
 
+from deepclust.cli import main
 from deepclust.cli.commands import COMMANDS
-from deepclust.cli.main import main
 from deepclust.cli.options import (
     add_cluster_options,
     add_edit_options,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.errors import UserError
 from deepclust.model import _digest, build_network
 from tests.strangers import KINDS, Stranger, write

@@ -32,7 +32,7 @@ def installed(tmp_path_factory) -> Path:
 
 def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    code = "import sys; from deepclust.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from deepclust.cli import main; sys.exit(main(sys.argv[1:]))"
     command = (
         [sys.executable, "-P", "-c", code, *words]
         if sys.version_info >= (3, 11)

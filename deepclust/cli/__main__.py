@@ -2,6 +2,6 @@
 
 import sys
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 
 sys.exit(main())

@@ -382,7 +382,7 @@ class Trainer:
     def _student_buffers_in_teacher(self) -> Iterator[None]:
         """Lends the teacher's head the student's `training_buffers`.
 
-        `score` reads them (e.g. SCAN's mined neighbours), but the teacher never receives them.
+        `score` reads them (mined neighbours, for example), but the teacher never receives them.
         Restores the teacher's own afterwards.
         """
         names = self.head.training_buffers if self.eval_network is not self.network else ()

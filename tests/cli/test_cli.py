@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepclust.cli import commands
-from deepclust.cli.main import main
+from deepclust.cli import commands, main
 from deepclust.cli.parser import BAD_INPUT, FAILED, INTERRUPTED, OK
 from deepclust.config.run_config import RunConfig
 from deepclust.errors import UserError
@@ -22,7 +21,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def test_help_list_and_refusals_import_nothing_heavy():
     code = """
 import sys
-from deepclust.cli.main import main
+from deepclust.cli import main
 for words in (["train", "--help"], ["list", "head"], ["list"], ["train", "--cfg", "seed=3"]):
     assert main(words) == 0, words
 for words in (["train", "optim.lr=abc", "head=simlcr"], ["lits"], ["cluster"], ["predict", "x"]):

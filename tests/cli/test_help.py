@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from deepclust.cli import main
 from deepclust.cli.commands import COMMANDS
 from deepclust.cli.help import GROUPS, HELP, help_text
 from deepclust.cli.listing import UNLISTED, headings
-from deepclust.cli.main import main
 from deepclust.cli.parser import OK
 from deepclust.config.compose import groups, options
 from deepclust.config.load import load

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection.append import inherit
 from deepclust.collection.derived import Derived
 from deepclust.collection.history import State

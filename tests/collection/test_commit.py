@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection.history import State
 from deepclust.collection.run import FolderRun
 from deepclust.runtime.files import write_atomic

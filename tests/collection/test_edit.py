@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection import edit as edits
 from deepclust.collection import outputs
 from deepclust.collection.history import State

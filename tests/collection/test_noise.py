@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.neighbors import LocalOutlierFactor
 
 from deepclust import Clusterer
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection import derived as parts
 from deepclust.collection.derived import Derived
 from deepclust.collection.landmarks import Landmarks

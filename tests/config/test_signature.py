@@ -106,7 +106,7 @@ subprocess.Popen shutil.rmtree pathlib.Path.write_text importlib.import_module p
 torch.save torch.serialization.load torch.utils.data.get_worker_info numpy.load numpy.save ctypes.CDLL sys.exit
 socket.socket urllib.request.urlopen webbrowser.open runpy.run_path timm.os.system torchvision.os.system
 torch.nn.os.system torch.nn.modules.module.warnings.warn deepclust.config.check.os.system deepclust.heads.scan.torch.load
-deepclust.cli.main.main deepclust.config.load.load deepclust.heads.scan.copy deepclust.backbones.torch
+deepclust.cli.entry.main deepclust.config.load.load deepclust.heads.scan.copy deepclust.backbones.torch
 deepclust.heads.base.Any
 deepclustx.heads.Head os system deepclust..os torch.nn torchvision.sys.exit torch.nn.functional.torch.hub.load
 """.split()  # noqa: SIM905

@@ -12,7 +12,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from deepclust import Clusterer
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.config.load import load
 from deepclust.data.datasets import digits
 from deepclust.data.features import features, from_features

@@ -251,7 +251,7 @@ def test_a_sigkill_of_the_command_and_the_same_command_again(
     code = (
         "import sys, deepclust.data.store, deepclust.data.store_writer, deepclust.features.extract as e\n"
         "for m in (deepclust.data.store, deepclust.data.store_writer, e): m.BLOCK = 16\n"
-        "from deepclust.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        "from deepclust.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     words = [
         "features",

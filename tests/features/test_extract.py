@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.data.features import features
 from deepclust.data.store import FeatureStore
 from deepclust.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.data.views.transform import ViewTransform
 from deepclust.features.encoder import Encoder, precision_of
 from deepclust.ops import precision

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from deepclust import Clusterer
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection.derived import Derived
 from deepclust.collection.history import relabelled
 from deepclust.collection.landmarks import FILE, Landmarks, save_model
@@ -154,7 +154,7 @@ def test_parquet_comes_in_row_groups(
 KILLED = """
 import os, random, signal, sys, time
 from deepclust import predict
-from deepclust.cli.main import main
+from deepclust.cli import main
 
 predict.PART_IMAGES = 8
 random.seed(0)

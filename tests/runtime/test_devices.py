@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.errors import UserError
 from deepclust.runtime import devices, distributed
 from deepclust.runtime.devices import choose_device, refuse_shared_gpu

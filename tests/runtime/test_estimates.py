@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.clustering import number
 from deepclust.clustering.number import CRITERIA, estimate_num_clusters
 from deepclust.collection.derived import Derived

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection.run import FolderRun
 from deepclust.data.features import load_columns
 from deepclust.errors import UserError

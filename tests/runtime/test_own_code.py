@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.collection.edit import edit
 from deepclust.collection.landmarks import save_model
 from deepclust.collection.run import FolderRun

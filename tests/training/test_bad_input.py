@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.data.datasets import from_arrays
 from tests.runs import pixels, small_run, words
 

@@ -408,7 +408,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 def test_a_killed_data_worker_ends_the_run_in_words(tmp_path, monkeypatch):
-    from deepclust.cli.main import main
+    from deepclust.cli import main
     from deepclust.data.image_set import ImageSet
 
     np.save(tmp_path / "images.npy", pixels())

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from deepclust.cli.main import main
+from deepclust.cli import main
 from deepclust.config.load import load
 from deepclust.data.datasets import digits, from_arrays
 from deepclust.errors import UserError
