@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,37 @@ def _plan(wanted: Wanted, root: Path, count: int, out: Path, before: FolderRun |
     return "\n".join(lines)
 
 
+class Work(Enum):
+    """What is left to do once the features are there."""
+
+    KEEP = "keep"
+    """The clusters that are there stay; their files are written anew."""
+    APPEND = "append"
+    """New images get a place in the clusters that are there."""
+    CLUSTER = "cluster"
+    """Clusters are found."""
+
+
+@dataclass
+class Job:
+    """What the parts of a command share once the features are there."""
+
+    wanted: Wanted
+    derived: Derived
+    out: Path
+    before: FolderRun | None
+    """The run that is at `out` already."""
+    estimates: Estimates
+    watch: Stopwatch
+    console: ConsoleLogger
+
+    @property
+    def location(self) -> dict[str, str]:
+        """Where images and store are now: both may have moved since the run was made."""
+        store = self.derived.store
+        return {"root": str(store.root), "store": str(store.path.resolve())}
+
+
 def _cluster(
     wanted: Wanted,
     store: FeatureStore,
@@ -222,92 +254,128 @@ def _cluster(
     watch: Stopwatch,
     console: ConsoleLogger,
 ) -> int:
-    """What comes after the features."""
+    """What comes after the features: decides what is to be done, and does it."""
     estimates = Estimates(lambda text: console.message(text, "warning"))
     derived = Derived(
         store, backbone, lambda what: console.message(f"{what} ...") if what else None, estimates
     )
-    edited = before is not None and set(before.history.verbs) - {"cluster", "append"}
-    same = before is not None and before.facts.get("digest") == derived.key
-    place = {"root": str(store.root), "store": str(store.path.resolve())}  # they may have moved
-    if before is not None and before.facts["store"] != place["store"] and not same:
-        raise _other_store(before, store.path.resolve())
-    if before is not None and not same and not wanted.append and edited:
+    job = Job(wanted, derived, out, before, estimates, watch, console)
+    work = _decide(wanted, before, derived, out)
+    if before is not None and work is not Work.CLUSTER:
+        _mend_landmarks(before, derived, estimates, console)
+        run, state = _keep(job, before) if work is Work.KEEP else _append(job, before)
+    else:
+        run, state = _find(job, backbone)
+    return _conclude(run, state, derived, watch, console)
+
+
+def _decide(wanted: Wanted, before: FolderRun | None, derived: Derived, out: Path) -> Work:
+    """What is to be done, given the run that is there.
+
+    Raises UserError where it would cost somebody their edits, or is of other images.
+    """
+    if before is None:
+        return Work.CLUSTER
+    same_images = before.facts.get("digest") == derived.key
+    store = derived.store.path.resolve()
+    if before.facts["store"] != str(store) and not same_images:
+        raise _other_store(before, store)
+    edited = set(before.history.verbs) - {"cluster", "append"}
+    if edited and not same_images and not wanted.append:
         raise UserError(
             f"{out} was edited ({', '.join(before.history.verbs[1:])}) and the images changed"
             " since: --append keeps the clusters and gives the new images a place; --new starts"
             " over"
         )
-    sort = wanted.sort or (
-        before.facts["asked"].get("sort") if before is not None and wanted.append else None
-    )
-    alike = before is not None and {**before.facts["asked"], "sort": None} == {
-        **wanted.told(),
-        "sort": None,
+    if wanted.append:
+        return Work.KEEP if same_images else Work.APPEND
+    # How files are sorted does not change the clusters.
+    same_request = {**before.facts["asked"], "sort": None} == {**wanted.told(), "sort": None}
+    # An estimate that was missing is tried again, but not at the price of edits.
+    complete = bool(edited) or not before.missing
+    return Work.KEEP if same_images and same_request and complete else Work.CLUSTER
+
+
+def _sorting(job: Job, before: FolderRun) -> str | None:
+    """How files are to be sorted: as asked now; --append goes on as it was asked before."""
+    if job.wanted.sort is None and job.wanted.append:
+        return before.facts["asked"].get("sort")
+    return job.wanted.sort
+
+
+def _keep(job: Job, before: FolderRun) -> tuple[FolderRun, State]:
+    """The run as it is."""
+    asked = {**before.facts["asked"], "sort": _sorting(job, before)}
+    run = FolderRun(job.out, {**before.facts, **job.location, "asked": asked})
+    state = run.state()
+    job.console.message("nothing changed since; the files are written anew")
+    return run, state
+
+
+def _append(job: Job, before: FolderRun) -> tuple[FolderRun, State]:
+    """The run with a place for each new image."""
+    derived = job.derived
+    known = [*before.facts.get("appended", []), [before.facts["scan"], before.facts["digest"]]]
+    now = {
+        "asked": {**before.facts["asked"], "sort": _sorting(job, before)},
+        "appended": known,
+        "scan": derived.store.scan,
+        "digest": derived.key,
+        "seconds": {},
+        "missing": {**before.missing, **job.estimates.missing},
     }
-    complete = before is not None and (edited or not before.missing)  # else it is tried again
-    stays = wanted.append or (same and alike and complete)
-    if before is not None and stays:
-        _mend_landmarks(before, derived, estimates, console)
-    if before is not None and same and stays:
-        run = FolderRun(
-            out, {**before.facts, **place, "asked": {**before.facts["asked"], "sort": sort}}
-        )
-        state = run.state()
-        console.message("nothing changed since; the files are written anew")
-        return _conclude(run, state, derived, watch, console)
-    if wanted.append and before is not None:
-        asked = {**before.facts["asked"], "sort": sort}
-        known = [*before.facts.get("appended", []), [before.facts["scan"], before.facts["digest"]]]
-        now = {
-            "asked": asked,
-            "appended": known,
-            "scan": store.scan,
-            "digest": derived.key,
-            "seconds": {},
-        }
-        now["missing"] = {**before.missing, **estimates.missing}
-        run = FolderRun(out, {**before.facts, **place, **now})
-        with watch("append"):
-            state = append(before, derived)
-        run.push("append", state)
-        return _conclude(run, state, derived, watch, console)
+    run = FolderRun(job.out, {**before.facts, **job.location, **now})
+    with job.watch("append"):
+        state = append(before, derived)
+    run.push("append", state)
+    return run, state
+
+
+def _find(job: Job, backbone: str) -> tuple[FolderRun, State]:
+    """A run with clusters of its own."""
+    wanted, derived, watch = job.wanted, job.derived, job.watch
     _check_number(wanted, derived)
     if watch.seconds["features"] < SHORT:  # too short for an estimate of its own
         left = seconds_for(len(derived), wanted.num_clusters, derived=derived.there)
-        console.message(f"about {clock_time(left)} (h:mm:ss) from here to the report")
+        job.console.message(f"about {clock_time(left)} (h:mm:ss) from here to the report")
     with watch("neighbours and map"):
         _ = derived.map, derived.neighbors  # made now, whatever k
     x = derived.x[torch.from_numpy(derived.landmarks)].numpy()
     found = find_clusters(
-        x, wanted.num_clusters, wanted.clusterers, wanted.seed, estimates, watch, console
+        x,
+        wanted.num_clusters,
+        wanted.clusterers,
+        wanted.seed,
+        job.estimates,
+        watch,
+        job.console,
     )
     with watch("confidence"):
-        landmarks, state = carry(derived, found.labels, wanted.noise, wanted.seed, estimates)
-    if before is not None:
-        state = inherit(before.state(), state)
-    facts = {**place, "backbone": backbone, "scan": store.scan}
-    facts |= {
+        landmarks, state = carry(derived, found.labels, wanted.noise, wanted.seed, job.estimates)
+    if job.before is not None:
+        state = inherit(job.before.state(), state)
+    # The step of the history is the moment at which the new clusters count. A stop before it leaves
+    # the old ones, with their landmarks; one behind it leaves what can be put in place by that
+    # step: landmarks, run.json, the files.
+    digest = landmarks.save(job.out / NEXT)
+    facts = {
+        **job.location,
+        "backbone": backbone,
+        "scan": derived.store.scan,
         "digest": derived.key,
         "asked": wanted.told(),
         "clusterer": found.method,
         "choice": found.choice,
-    }
-    facts |= {
         "criterion": found.criterion,
         "number": found.number,
-        "missing": estimates.missing,
+        "missing": job.estimates.missing,
         "seconds": {},
+        "landmarks": digest,
     }
-    # The step of the history is the moment at which the new clusters count. A stop before it leaves
-    # the old ones, with
-    # their landmarks; one behind it leaves what can be put in place by that step: landmarks,
-    # run.json, the files.
-    facts["landmarks"] = landmarks.save(out / NEXT)
-    run = FolderRun(out, facts)
+    run = FolderRun(job.out, facts)
     run.history.begin(state, run.lasting)
     settle_landmarks(run)
-    return _conclude(run, state, derived, watch, console)
+    return run, state
 
 
 def _mend_landmarks(

@@ -85,6 +85,10 @@ def refuse_shared_gpu(store: Any, rank: int, size: int, device: torch.device) ->
         found.decode()
         for found in store.multi_get([f"gpu of rank {other}" for other in range(size)])
     ]
+    store.set(f"rank {rank} has read", "yes")
+    if rank == 0:
+        # Rank 0 holds the store: were it to raise and end at once, the others could not read on.
+        store.wait([f"rank {other} has read" for other in range(size)])
     ranks: dict[str, list[int]] = {}
     for other, address in enumerate(addresses):
         ranks.setdefault(address, []).append(other)
