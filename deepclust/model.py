@@ -20,6 +20,7 @@ from deepclust.errors import UserError
 from deepclust.heads.base import Head, Output
 from deepclust.model_file import check_size, check_spec, mismatch
 from deepclust.ops.collectives import all_sum, world_size
+from deepclust.types import NOISE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +31,6 @@ FORMAT, NOISE_FORMAT = 1, 2
 """Of model files; the second of those that tell noise, which earlier versions would put into
 clusters.
 """
-NOISE = -1
 UNTRAINED = {"pretrained": False, "weights": None}
 """What a backbone is told that gets its weights from elsewhere."""
 

@@ -1,8 +1,7 @@
-"""Named ranges for constructor signatures. A signature is the schema of its part of the
-configuration.
+"""Named ranges for constructor signatures, and the number that stands for no cluster.
 
-`config.py` reads these names from the source by `ast`, so a bad value is refused before torch is
-imported.
+A signature is the schema of its part of the configuration. `config/signature.py` reads these names
+from the source by `ast`, so a bad value is refused before torch is imported.
 """
 
 from __future__ import annotations
@@ -55,3 +54,6 @@ ALIASES = {
     "Count": Count,
     "Natural": Natural,
 }
+
+NOISE = -1
+"""The cluster of images that are unlike all others, wherever clusters are numbers."""

@@ -27,8 +27,8 @@ import numpy as np
 from deepclust.errors import UserError
 from deepclust.runtime.files import write_atomic
 from deepclust.runtime.npz import Column, Unreadable, read_columns
+from deepclust.types import NOISE
 
-NOISE = -1
 BEGINS = "cluster"
 """The step that starts over."""
 COLUMNS = {

@@ -4,8 +4,8 @@ people and tools.
 ```
 <run>/
   run.json            what was asked and found: see `FolderRun.facts`
-  history/            states of the clusters, each with the facts of its time, see `state.py`
-  landmarks.npz       the images that were clustered, see `votes.Landmarks`
+  history/            states of the clusters, each with the facts of its time, see `history.py`
+  landmarks.npz       the images that were clustered, see `landmarks.Landmarks`
   model.safetensors   the clusters as a model of features
   clusters.csv  clusters.parquet  left_out.csv  report.html
   sorted/             one folder per cluster, where it was asked for

@@ -1,8 +1,8 @@
 """The operations a view may be made of, by name, and the check of a description. Importing this
 file imports no torch.
 
-An operation is a public class of `view_geometry`, `view_color`, `view_pixels`, `view_mix` or
-`view_features`; its name in a description is the class name in snake_case, its parameters are those
+An operation is a public class of `views/geometry`, `color`, `pixels`, `mix` or
+`features`; its name in a description is the class name in snake_case, its parameters are those
 of the constructor.
 """
 

@@ -2,7 +2,7 @@
 
 Hydra stops at the first fault and lets `+typo=1` pass. Here group choices are looked up first, the
 tree is composed from them, then each value is put in by itself; nothing is refused because it is
-unknown, so that `config.py` can report every fault at once.
+unknown, so that `check.py` can report every fault at once.
 """
 
 from __future__ import annotations
