@@ -31,6 +31,11 @@ FORMAT, NOISE_FORMAT = 1, 2
 """Of model files; the second of those that tell noise, which earlier versions would put into
 clusters.
 """
+MOVED_HEADS = {
+    "deepclust.heads.kmeans.KMeansHead": "deepclust.heads.readout.KMeansHead",
+    "deepclust.heads.votes.Votes": "deepclust.heads.readout.Votes",
+}
+"""Heads under the names that model files of earlier versions have for them."""
 UNTRAINED = {"pretrained": False, "weights": None}
 """What a backbone is told that gets its weights from elsewhere."""
 
@@ -306,6 +311,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         advice = "copy it again, or train again"
         raise UserError(f"{path} was changed after it was written (SHA-256); {advice}")
     del spec["format"]
+    head = spec.get("head")
+    if isinstance(head, dict) and head.get("_target_") in MOVED_HEADS:
+        spec["head"] = {**head, "_target_": MOVED_HEADS[head["_target_"]]}
     return spec, weights
 
 

@@ -150,7 +150,7 @@ def trust_in(x: Tensor, labels: np.ndarray, seed: int = 0) -> np.ndarray:
     """(m,) float32: how far each landmark's cluster can be relied on, without labels.
 
     x: (m, P) unit rows. labels: (m,) clusters. Half of it is the share of independent clusterings
-    (`eval.second_opinion`) that agree on the image and its neighbours, half the mean of that over
+    (`eval.confidence`) that agree on the image and its neighbours, half the mean of that over
     all images: opinions that share errors agree on them, so what they say of a single image is
     believed by half (of clothing photos, digits and Fashion-MNIST, whose labels were in view, this
     had the smaller calibration error beside believing the family of opinions that agrees least). At

@@ -16,6 +16,7 @@ from deepclust.collection.derived import Derived, leading_directions, place
 from deepclust.collection.history import relabelled
 from deepclust.collection.landmarks import FILE, Landmarks, clusterer_of, save_model, trust_in
 from deepclust.heads.readout import Votes, vote
+from deepclust.model import build_network
 from tests.collection.toys import toy_run
 
 
@@ -160,3 +161,19 @@ def test_trust_is_high_where_clusterings_agree():
     random = np.random.default_rng(0).integers(0, 4, 400)
     assert trust_in(rows, y).mean() > 0.95 and trust_in(rows, random).mean() < 0.5
     assert (trust_in(rows, np.zeros(400, dtype=int)) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["votes.Votes", "kmeans.KMeansHead"])
+def test_models_of_earlier_versions_that_name_moved_heads_load(tmp_path: Path, name: str):
+    identity = {"_target_": "deepclust.backbones.identity"}
+    node: dict = {"_target_": f"deepclust.heads.readout.{name.rpartition('.')[2]}"}
+    if name == "votes.Votes":
+        node |= {"num_anchors": 6, "num_neighbors": 3}
+    sizes = {"channels": 4, "size": 1, "num_clusters": 2, "image_size": [1, 1], "view_size": [1, 1]}
+    spec = {"backbone": identity, "head": node, "clean": [], "mean": [0.0], "std": [1.0], **sizes}
+    model = Clusterer(build_network(identity, node, sizes), spec)
+    model.spec["head"] = {**node, "_target_": f"deepclust.heads.{name}"}
+    model.save(tmp_path / "old.safetensors")
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    loaded = Clusterer.load(tmp_path / "old.safetensors")
+    assert np.array_equal(loaded.predict_proba(x), model.predict_proba(x))
